@@ -1,0 +1,67 @@
+"""What the empirical Fisher costs: its bias and variance, given the data's labels (Section 6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch
+from fishopt.passes import Diagonal
+from fishopt.variance import accumulate, fisher_per_input, squared_norm_per_input, weighed
+
+
+class EmpiricalError(NamedTuple):
+    """How far the empirical Fisher diagonal is from the Fisher diagonal; each name -> tensor of the parameter's shape.
+
+    Attributes:
+        bias: Empirical minus exact diagonal over the batch (Lemma 6.1), of any sign.
+        bias_bound: At least ``|bias|``: ``|d_i h|^2 s_max(c c^T - I(h|x))``, averaged (Corollary G.1), with
+            ``c = eta - t(y)`` at the data's label.
+        variance: ``Var(q(c)) / N_x`` over the batch's (input, label) pairs, the form of V1 with the data's moments of
+            ``t(y) - eta``, not central ones. Given the pairs themselves nothing is random.
+        variance_bound: At least ``variance``: ``|d_i h|^4 |c|^4 / N_x``, averaged (Corollary G.2).
+    """
+
+    bias: Diagonal
+    bias_bound: Diagonal
+    variance: Diagonal
+    variance_bound: Diagonal
+
+
+def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Tensor) -> EmpiricalError:
+    """The empirical Fisher's bias and variance on a batch, with their bounds (Lemma 6.1, Corollaries G.1 and G.2).
+
+    Args:
+        model: The network.
+        inputs: A tensor, or a tuple of tensors, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        targets: The data's labels, one row per input.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    batch = Batch.of(model, inputs, likelihood)
+    if not isinstance(targets, Tensor) or len(targets) != len(batch):
+        raise ValueError(f"targets: pass a tensor with one label for each of the {len(batch)} inputs")
+    family, n = batch.likelihood, len(batch)
+    exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
+    for through, h, rows in batch.chunks(batch.names):
+        c = family.residual(h, family.valid_targets(h, targets[rows]))
+        q = through.squared_vjp(c[None], per_input=True)
+        accumulate(first, q)
+        accumulate(second, {name: value.square() for name, value in q.items()})
+        accumulate(exact, fisher_per_input(through, family, h))
+        norms = squared_norm_per_input(through, family, h)
+        gap = torch.linalg.eigvalsh(c[:, :, None] * c[:, None, :] - family.covariance(h)).abs().amax(-1)
+        accumulate(bias_bound, weighed(norms, gap))
+        squares = {name: value.square() for name, value in norms.items()}
+        accumulate(fourth, weighed(squares, c.square().sum(-1).square()))
+    return EmpiricalError(
+        bias={name: (first[name] - exact[name]) / n for name in batch.names},
+        bias_bound={name: bias_bound[name] / n for name in batch.names},
+        variance={name: (second[name] / n - (first[name] / n).square()).clamp_min(0) / n for name in batch.names},
+        variance_bound={name: fourth[name] / n**2 for name in batch.names},
+    )

@@ -1,0 +1,197 @@
+"""Estimators of the Fisher diagonal: each says which cotangents to send through the network.
+
+A new estimator is one function with the `estimator` decorator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch, checked_option
+from fishopt.likelihoods import Likelihood
+from fishopt.likelihoods.base import uniform
+from fishopt.passes import Diagonal, Structure
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where labels come from.
+
+    Attributes:
+        samples: Labels (or sign vectors) per input.
+        generator: The source of randomness; torch's global one if None.
+        targets: Labels from the data, for the empirical Fisher.
+        residuals: Cotangents eta - t(y) at labels from the data, where these are known instead: ``[N, T]``.
+    """
+
+    samples: int = 1
+    generator: torch.Generator | None = None
+    targets: Tensor | None = None
+    residuals: Tensor | None = None
+
+    def rows(self, rows: slice) -> Draw:
+        """The same for some of the inputs."""
+        return replace(
+            self,
+            targets=None if self.targets is None else self.targets[rows],
+            residuals=None if self.residuals is None else self.residuals[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What an estimator sends through the network.
+
+    Attributes:
+        squared: ``[K, N, T]``, for the sum over K of squared VJPs.
+        hessian: ``[N, T]``, for the Hessian diagonal to add, or None.
+    """
+
+    squared: Tensor
+    hessian: Tensor | None = None
+
+
+Estimator = Callable[[Likelihood, Tensor, Draw], Cotangents]
+ESTIMATORS: dict[str, Estimator] = {}
+
+
+def estimator(name: str) -> Callable[[Estimator], Estimator]:
+    """Registers an estimator under the name that users pass."""
+
+    def register(function: Estimator) -> Estimator:
+        ESTIMATORS[name] = function
+        return function
+
+    return register
+
+
+@estimator("I1")
+def squared_score(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """Eq. 3, left: the mean of squared scores at labels sampled from the model."""
+    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
+    return Cotangents(c / draw.samples**0.5)
+
+
+@estimator("I2")
+def negative_hessian(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """Eq. 3, right, in the form of Remark H.1: the exact value plus the residual's Hessian, which has mean zero."""
+    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
+    return Cotangents(likelihood.factor(h), hessian=c.mean(0))
+
+
+@estimator("exact")
+def exact(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """Eq. 4, no sampling: one column for each natural parameter."""
+    return Cotangents(likelihood.factor(h))
+
+
+@estimator("hutchinson")
+def random_signs(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """``S eps`` with random signs: unbiased, since E[eps eps^T] is the identity, and lighter-tailed than labels."""
+    signs = 2.0 * (uniform((draw.samples, *h.shape), h, draw.generator) < 0.5).to(h.dtype) - 1.0
+    return Cotangents(likelihood.apply_factor(h, signs) / draw.samples**0.5)
+
+
+@estimator("empirical")
+def squared_gradient(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """Section 6: squared scores at the data's labels. Biased unless the model is right."""
+    if draw.residuals is not None:
+        return Cotangents(draw.residuals[None])
+    if draw.targets is None:
+        raise ValueError("targets=None: estimator='empirical' needs the data's labels")
+    return Cotangents(likelihood.residual(h, likelihood.valid_targets(h, draw.targets))[None])
+
+
+def exact_separable(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """The exact value where each parameter moves one output only: off-diagonal entries of I(h|x) never meet."""
+    return Cotangents(likelihood.covariance_diagonal(h).sqrt()[None])
+
+
+def by_structure(name: str, names: Sequence[str], structure: Structure) -> list[tuple[Estimator, tuple[str, ...]]]:
+    """The cheapest cotangents that give estimator ``name``, for each part of the parameters ``names``.
+
+    In a last linear layer the exact value takes one column; where h is affine in each weight I2 is exact.
+    """
+    if name not in ("exact", "I2"):
+        return [(ESTIMATORS[name], tuple(names))]
+    separable = tuple(n for n in names if n in structure.separable)
+    straight = tuple(n for n in names if n in structure.piecewise and n not in structure.separable)
+    curved = tuple(n for n in names if n not in structure.piecewise and n not in structure.separable)
+    if name == "exact":
+        straight, curved = straight + curved, ()
+    parts = [(exact_separable, separable), (exact, straight), (negative_hessian, curved)]
+    return [(rule, part) for rule, part in parts if part]
+
+
+def estimate(batch: Batch, rule: Estimator, names: Sequence[str], draw: Draw) -> Diagonal:
+    """The mean over the batch of one estimator's value, for the parameters ``names``."""
+    total = batch.zeros(names)
+    for through, h, rows in batch.chunks(names):
+        cotangents = rule(batch.likelihood, h, draw.rows(rows))
+        found = [through.squared_vjp(fewest_columns(cotangents.squared))]
+        if cotangents.hessian is not None:
+            found.append(through.hessian_diagonal(cotangents.hessian))
+        for part in found:
+            for name, value in part.items():
+                total[name] += value
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+def fewest_columns(columns: Tensor) -> Tensor:
+    """At most T columns with the same ``sum_k c_k c_k^T`` for every input, which is all that a sum of q depends on."""
+    if len(columns) <= columns.shape[-1]:
+        return columns
+    gram = torch.einsum("kna,knb->nab", columns, columns)
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    *,
+    estimator: str = "I1",
+    samples: int = 1,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Diagonal:
+    """Estimates the diagonal of the Fisher information matrix, ``(1/N_x) sum_n I(theta_i | x_n)``.
+
+    All estimators are on this one scale: per input, averaged over the batch (Eq. 3 and 4 of Soen & Sun 2024). The
+    network is used in eval mode and left untouched.
+
+    Args:
+        model: The network; its output is the natural parameters, ``[N_x, ...]``.
+        inputs: A tensor, or a tuple of the network's positional arguments, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        estimator: ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``. I2 may be negative.
+        samples: Labels drawn from the model for each input; irrelevant to ``"exact"`` and ``"empirical"``.
+        targets: The data's labels, for ``"empirical"`` alone.
+        generator: Makes the labels reproducible; torch's global generator if None.
+
+    Returns:
+        Name of each trainable parameter -> tensor of its shape.
+
+    Raises:
+        ValueError: If an argument does not fit: unknown estimator or likelihood, outputs of another shape, no inputs.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("estimator", estimator, tuple(ESTIMATORS))
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
+    if targets is not None and estimator != "empirical":
+        raise ValueError(f"targets is for estimator='empirical' alone; estimator={estimator!r} draws labels itself")
+    batch = Batch.of(model, inputs, likelihood)
+    if targets is not None and len(targets) != len(batch):
+        raise ValueError(f"targets has {len(targets)} rows for {len(batch)} inputs; pass one label per input")
+    draw = Draw(samples, generator, targets)
+    found: Diagonal = {}
+    for rule, names in by_structure(estimator, batch.names, batch.structure):
+        found.update(estimate(batch, rule, names, draw))
+    return {name: found[name] for name in batch.names}

@@ -1,0 +1,160 @@
+"""The contract of a likelihood: an exponential family whose natural parameters a network predicts.
+
+``p(y | x) = base(y) exp(t(y)^T h - F(h))`` (Soen & Sun 2024, Eq. 1), with ``h`` the network's output. Everything the
+package needs of the family is here, as pure functions of ``h``: no model and no optimizer enters this room.
+
+Shapes: ``N`` inputs, ``T`` natural parameters for each, ``M`` sampled labels for each; ``h`` is ``[N, T]``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["batchmean", "mean", "sum"]
+
+
+class Interval(NamedTuple):
+    """A lower and an upper bound per input, each ``[N]``; equal where the value is known exactly."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+class Quartic(NamedTuple):
+    """The quartic form of M = K - I (x) I as a combination of squares, for one direction u of ``R^T`` per input.
+
+    ``M(u, u, u, u) = multiple * (u^T I u)^2 + sum_k weights[k] * (u^T columns[k])^4``. With ``u`` the derivative of
+    ``h`` with respect to one parameter this is that parameter's V1 (Lemma 3.1, Eq. 5), so V1 needs only squared VJPs.
+
+    Attributes:
+        multiple: The coefficient of the squared Fisher information.
+        weights: ``[K, N]``, of any sign.
+        columns: ``[K, N, T]``.
+    """
+
+    multiple: float
+    weights: Tensor
+    columns: Tensor
+
+
+class Likelihood(ABC):
+    """An exponential family over labels, with a network's output as its natural parameters.
+
+    Subclass it for labels whose components depend on each other; `Independent` is less work where they do not.
+
+    Attributes:
+        reduction: How the training loss reduces the negative log-likelihood: over inputs ("batchmean"), over inputs
+            and outputs ("mean"), or not at all ("sum"). Only the optimizers use it, to know the gradient's scale.
+    """
+
+    reduction: Reduction = "batchmean"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    # --- what a family defines -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
+        """Negative log-likelihood of labels ``y``, summed over outputs: ``[N]`` (nats)."""
+
+    @abstractmethod
+    def mean(self, h: Tensor) -> Tensor:
+        """The mean parameter eta = dF/dh = E[t(y)]: ``[N, T]``."""
+
+    @abstractmethod
+    def statistic(self, h: Tensor, y: Tensor) -> Tensor:
+        """The sufficient statistic t(y) of valid labels: ``[..., N, T]`` for labels with leading dimensions ``...``."""
+
+    @abstractmethod
+    def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Labels drawn from the model, ``samples`` for each input: ``[M, N]`` or ``[M, N, T]``."""
+
+    @abstractmethod
+    def covariance_diagonal(self, h: Tensor) -> Tensor:
+        """The diagonal of I(h|x) = Cov[t(y)]: ``[N, T]``."""
+
+    @abstractmethod
+    def apply_factor(self, h: Tensor, v: Tensor) -> Tensor:
+        """``S v`` for vectors ``v`` of shape ``[..., N, T]``, where ``S S^T = I(h|x)``."""
+
+    @abstractmethod
+    def covariance_spectrum(self, h: Tensor) -> Interval:
+        """The exact smallest and largest eigenvalue of I(h|x): two ``[N]``."""
+
+    @abstractmethod
+    def quartic(self, h: Tensor) -> Quartic:
+        """M = K - I (x) I, in the form that turns V1 into squared VJPs."""
+
+    @abstractmethod
+    def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
+        """Bounds on the extremes of M over unit vectors (Theorem 4.1): two ``[N]``.
+
+        Args:
+            h: Natural parameters, ``[N, T]``.
+            tight: Take the tightest closed form instead of the paper's.
+        """
+
+    def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
+        """Labels from the data in the shape that `statistic` takes.
+
+        Raises:
+            ValueError: If the labels do not fit ``h`` or lie outside the family's support.
+        """
+        return y
+
+    # --- what follows from it --------------------------------------------------------------------------------------
+
+    def natural(self, outputs: Tensor) -> Tensor:
+        """The network's output as natural parameters ``[N, T]``; further output dimensions are flattened.
+
+        Raises:
+            ValueError: If the output's shape does not fit the family.
+        """
+        if outputs.ndim == 0:
+            raise ValueError(
+                f"model output has shape (): {self} needs one row per input; drop the reduction at the end of the model"
+            )
+        return outputs.reshape(outputs.shape[0], -1)
+
+    def residual(self, h: Tensor, y: Tensor) -> Tensor:
+        """The cotangent eta - t(y), which is the gradient of the NLL with respect to ``h``: ``[..., N, T]``."""
+        return self.mean(h) - self.statistic(h, y)
+
+    def factor(self, h: Tensor) -> Tensor:
+        """The columns of S, ``S S^T = I(h|x)``: ``[T, N, T]``, the column's number first."""
+        return self.apply_factor(h, unit_columns(h))
+
+    def covariance(self, h: Tensor) -> Tensor:
+        """I(h|x), the Fisher information of the natural parameters: ``[N, T, T]``."""
+        columns = self.factor(h)
+        return torch.einsum("kna,knb->nab", columns, columns)
+
+    def covariance_bound(self, h: Tensor) -> Tensor:
+        """An upper bound on the largest eigenvalue of I(h|x), as cheap as the mean: ``[N]``."""
+        return self.covariance_spectrum(h).upper
+
+    def radius(self, h: Tensor) -> Tensor:
+        """B = max over labels of ``|t(y) - eta|^2`` (Proposition 4.3), infinite for unbounded labels: ``[N]``."""
+        return torch.full_like(h[:, 0], math.inf)
+
+    def gradient_scale(self, inputs: int, outputs: int) -> float:
+        """The loss's gradient as a multiple of the gradient of the NLL averaged over inputs, for a batch."""
+        return {"batchmean": 1.0, "mean": 1.0 / outputs, "sum": float(inputs)}[self.reduction]
+
+
+def unit_columns(h: Tensor) -> Tensor:
+    """The unit vectors of ``R^T`` for every input: ``[T, N, T]``, the vector's number first."""
+    n, t = h.shape
+    return torch.eye(t, dtype=h.dtype, device=h.device)[:, None, :].expand(t, n, t)
+
+
+def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1) from ``generator``, wherever it lives, with ``like``'s type and device."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -1,0 +1,231 @@
+"""The four families that torch's losses stand for: Categorical, Bernoulli, Gaussian, Poisson."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fishopt.likelihoods.base import Interval, Likelihood, Quartic, uniform, unit_columns
+from fishopt.likelihoods.independent import Independent
+
+
+class Categorical(Likelihood):
+    """One of C classes, from logits: the likelihood of `torch.nn.CrossEntropyLoss`.
+
+    Labels are integers ``[N]``, or class probabilities ``[N, C]``.
+    """
+
+    def natural(self, outputs: Tensor) -> Tensor:
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValueError(
+                f"model output has shape {tuple(outputs.shape)}: Categorical() needs logits [N, C] with C >= 2; "
+                "for one yes-or-no output use Bernoulli() (BCEWithLogitsLoss)"
+            )
+        return outputs
+
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
+        return -(self.statistic(h, y) * h.log_softmax(-1)).sum(-1)
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h.softmax(-1)
+
+    def statistic(self, h: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            return y.to(h.dtype)
+        return functional.one_hot(y.long(), h.shape[1]).to(h.dtype)
+
+    def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+        cdf = h.softmax(-1).cumsum(-1)
+        # Scaled by the last entry, so that rounding in the sum can never select a class of probability zero.
+        u = uniform((samples, h.shape[0]), h, generator) * cdf[:, -1]
+        return torch.searchsorted(cdf, u.T.contiguous(), right=True).clamp_max(h.shape[1] - 1).T
+
+    def covariance_diagonal(self, h: Tensor) -> Tensor:
+        p = h.softmax(-1)
+        return p * (1 - p)
+
+    def apply_factor(self, h: Tensor, v: Tensor) -> Tensor:
+        # S = Diag(sqrt p) - p sqrt(p)^T, so that S S^T = Diag(p) - p p^T.
+        p = h.softmax(-1)
+        root = p.sqrt()
+        return root * v - p * (root * v).sum(-1, keepdim=True)
+
+    def covariance_spectrum(self, h: Tensor) -> Interval:
+        # Adding a constant to the logits changes nothing, so (1, ..., 1) is always in the kernel.
+        upper = torch.linalg.eigvalsh(self.covariance(h))[:, -1]
+        return Interval(torch.zeros_like(upper), upper)
+
+    def covariance_bound(self, h: Tensor) -> Tensor:
+        """m(x) = min(p_max, 1 - |p|^2), Theorem 5.2."""
+        p = h.softmax(-1)
+        return torch.minimum(p.amax(-1), 1 - p.square().sum(-1))
+
+    def radius(self, h: Tensor) -> Tensor:
+        """B = max_y |e_y - p|^2 = 1 - 2 p_min + |p|^2 [ours]."""
+        p = h.softmax(-1)
+        return 1 - 2 * p.amin(-1) + p.square().sum(-1)
+
+    def quartic(self, h: Tensor) -> Quartic:
+        # E_y[(u^T (e_y - p))^4] - (u^T I u)^2, the label enumerated.
+        p = h.softmax(-1)
+        return Quartic(-1.0, p.T, unit_columns(h) - p)
+
+    def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
+        """Theorem 5.2: ``2 m(x)``. With ``tight``: ``B m(x)`` [ours], and the exact value for two classes."""
+        if tight and h.shape[1] == 2:
+            pq = h.softmax(-1).prod(-1)
+            upper = 4 * pq * (1 - 4 * pq)
+        else:
+            upper = (self.radius(h) if tight else 2.0) * self.covariance_bound(h)
+        return Interval(torch.zeros_like(upper), upper)
+
+    def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
+        n, classes = h.shape
+        if y.is_floating_point():
+            if y.shape != h.shape:
+                raise ValueError(
+                    f"targets has shape {tuple(y.shape)} and type {y.dtype}; pass class indices [{n}] as integers, "
+                    f"or class probabilities [{n}, {classes}]"
+                )
+            if not torch.isfinite(y).all() or (y < 0).any():
+                raise ValueError("targets holds class probabilities that are negative or not finite; pass valid ones")
+            return y
+        if y.shape != (n,):
+            raise ValueError(f"targets has shape {tuple(y.shape)}; pass one class index per input, shape ({n},)")
+        if y.numel() and (int(y.min()) < 0 or int(y.max()) >= classes):
+            wrong = y[(y < 0) | (y >= classes)][0].item()
+            raise ValueError(f"targets contains {wrong}, outside the classes 0..{classes - 1} of the model's output")
+        return y
+
+
+class Bernoulli(Independent):
+    """Independent yes-or-no labels, from logits: the likelihood of `torch.nn.BCEWithLogitsLoss`."""
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        return functional.softplus(h)
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h.sigmoid()
+
+    def second_cumulant(self, h: Tensor) -> Tensor:
+        return h.sigmoid() * (-h).sigmoid()
+
+    def fourth_cumulant(self, h: Tensor) -> Tensor:
+        v = self.second_cumulant(h)
+        return v * (1 - 6 * v)
+
+    def radius(self, h: Tensor) -> Tensor:
+        return h.abs().sigmoid().square().sum(-1)
+
+    def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return (uniform((samples, *h.shape), h, generator) < h.sigmoid()).to(h.dtype)
+
+    def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
+        y = super().valid_targets(h, y)
+        if ((y < 0) | (y > 1)).any():
+            raise ValueError("targets contains values outside [0, 1]; Bernoulli() takes probabilities or 0/1 labels")
+        return y
+
+
+class Gaussian(Independent):
+    """Real labels around the predicted mean, the likelihood of squared loss.
+
+    Args:
+        variance: The variance of each label, the same for all; or ``"estimated"``, which the optimizers read off the
+            residuals as training goes on (functions without labels refuse it).
+
+    Raises:
+        ValueError: If ``variance`` is neither a positive number nor ``"estimated"``.
+    """
+
+    def __init__(self, variance: float | str = 1.0) -> None:
+        valid = variance == "estimated" or (
+            isinstance(variance, int | float) and math.isfinite(variance) and variance > 0
+        )
+        if not valid:
+            raise ValueError(f"variance={variance!r}: pass a positive number or 'estimated'")
+        self.variance = variance
+
+    def __repr__(self) -> str:
+        return f"Gaussian(variance={self.variance!r})"
+
+    def with_variance(self, variance: float | str) -> Gaussian:
+        """The same with another variance, for the same loss."""
+        other = Gaussian(variance)
+        other.reduction = self.reduction
+        return other
+
+    def noise(self, h: Tensor) -> float:
+        """The variance of each label given ``h``.
+
+        Raises:
+            ValueError: If the variance is to be estimated: that takes residuals, which only an optimizer sees.
+        """
+        if isinstance(self.variance, str):
+            raise ValueError(
+                "Gaussian(variance='estimated') has no variance outside an optimizer; pass Gaussian(variance=<number>)"
+            )
+        return float(self.variance)
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        return h.square() / (2 * self.noise(h))
+
+    def log_base_measure(self, y: Tensor) -> Tensor:
+        noise = self.noise(y)
+        return -y.square() / (2 * noise) - 0.5 * math.log(2 * math.pi * noise)
+
+    def statistic(self, h: Tensor, y: Tensor) -> Tensor:
+        return super().statistic(h, y) / self.noise(h)
+
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
+        # The completed square: the general form loses digits where h and y are large and close.
+        noise = self.noise(h)
+        squares = (h - y.to(h.dtype).reshape(h.shape)).square()
+        return (squares / (2 * noise) + 0.5 * math.log(2 * math.pi * noise)).sum(-1)
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h / self.noise(h)
+
+    def second_cumulant(self, h: Tensor) -> Tensor:
+        return torch.full_like(h, 1 / self.noise(h))
+
+    def fourth_cumulant(self, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+    def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+        device = h.device if generator is None else generator.device
+        z = torch.randn((samples, *h.shape), generator=generator, dtype=h.dtype, device=device)
+        return h + math.sqrt(self.noise(h)) * z.to(h.device)
+
+
+class Poisson(Independent):
+    """Independent counts, from log rates: the likelihood of `torch.nn.PoissonNLLLoss` with ``log_input=True``."""
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        return h.exp()
+
+    def log_base_measure(self, y: Tensor) -> Tensor:
+        return -torch.lgamma(y + 1)
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h.exp()
+
+    def second_cumulant(self, h: Tensor) -> Tensor:
+        return h.exp()
+
+    def fourth_cumulant(self, h: Tensor) -> Tensor:
+        return h.exp()
+
+    def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
+        device = h.device if generator is None else generator.device
+        rate = h.exp().expand(samples, *h.shape).to(device)
+        return torch.poisson(rate, generator=generator).to(h.device)
+
+    def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
+        y = super().valid_targets(h, y)
+        if (y < 0).any():
+            raise ValueError("targets contains negative values; Poisson() takes counts")
+        return y

@@ -1,0 +1,364 @@
+"""What both optimizers share: recording inputs, deciding when to refresh, keeping state. No update rule."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import checked_model, checked_option
+from fishopt.estimators import ESTIMATORS
+from fishopt.groups import Groups, by_layer
+from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
+from fishopt.optim import checks
+from fishopt.optim.checkpoint import Identity, refuse_another
+from fishopt.optim.curvature import Curvature, Estimate
+from fishopt.optim.recorder import Record, Recorder
+from fishopt.passes import unwrapped
+from fishopt.report import Report, Row
+from fishopt.selection import CRITERIA
+
+EVERY_STEP_UNTIL = 10
+"""Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | None
+
+
+class Moment(NamedTuple):
+    """The scales that a preconditioner needs beside the Fisher diagonal; see `Estimate`."""
+
+    batch_size: int
+    scale: float
+    dispersion: float
+
+
+class Work(NamedTuple):
+    """The parameters of one group that have a gradient and an estimate."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+
+
+class FisherOptimizer(torch.optim.Optimizer, ABC):
+    """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | nn.Module | str,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        criterion: str,
+        refresh_every: int,
+        refresh_inputs: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        family, estimates_noise = _training_likelihood(likelihood)
+        self._name_of = {p: name for name, p in unwrapped(checked_model(model)).named_parameters()}
+        checked_option("criterion", criterion, CRITERIA)
+        checks.whole("refresh_every", refresh_every)
+        checks.whole("refresh_inputs", refresh_inputs)
+        listed, self._layerwise = self._listed(params)
+        super().__init__(listed, defaults)
+        source = checks.generator(generator, self.param_groups[0]["params"][0].device)
+        self._curvature = Curvature(
+            model,
+            family,
+            estimates_noise=estimates_noise,
+            criterion=criterion,
+            refresh_inputs=refresh_inputs,
+            generator=source,
+        )
+        self._refresh_every = refresh_every
+        self._steps = 0
+        self._is_fresh = False
+        self._moment = Moment(1, 1.0, 1.0)
+        self._dispersion = {"average": 0.0, "weight": 0.0}
+        self._seconds = 0.0
+        self._started: float | None = None
+        self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
+        weakref.finalize(self, model.register_forward_hook(self._recorder, with_kwargs=True).remove)
+
+    # --- what an update rule defines -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for hyperparameters out of range."""
+
+    @abstractmethod
+    def _decay(self, group: dict[str, Any]) -> float:
+        """The decay rate, per refresh, of the moving average of the estimate."""
+
+    @abstractmethod
+    def _preconditioner(self, fisher: Tensor, mean: Tensor, group: dict[str, Any], moment: Moment) -> Tensor:
+        """What the update multiplies the averaged gradient by.
+
+        Args:
+            fisher: The averaged, bias-corrected Fisher diagonal of one parameter, not negative.
+            mean: Its mean over the unit of choice, a scalar.
+            group: The parameter group, with its hyperparameters.
+            moment: Batch size and scales.
+        """
+
+    @abstractmethod
+    def _update(self, work: list[Work]) -> None:
+        """Moves the parameters; each one's state holds its ``"preconditioner"``."""
+
+    # --- torch.optim's interface -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Refreshes the curvature if it is due, then updates the parameters.
+
+        Args:
+            closure: Evaluates the model and returns the loss, as with torch.optim.
+
+        Raises:
+            ValueError: If a refresh is due and the model was not called yet, or was called with keyword arguments.
+            RuntimeError: If a gradient is sparse, or refresh after refresh comes out NaN or infinite.
+        """
+        if self._started is None:
+            self._started = time.perf_counter() - self._seconds
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse_gradients()
+        if self._is_due():
+            self._refresh(self._last_record())
+        self._is_fresh = False
+        work = [self._work(group) for group in self.param_groups]
+        self._update([item for item in work if item.params])
+        self._steps += 1
+        self._seconds = time.perf_counter() - self._started
+        return loss
+
+    @torch.no_grad()
+    def refresh(self, *inputs: Tensor) -> None:
+        """Refreshes the curvature now, from these inputs; the next `step` then does not.
+
+        Needed only where the recorded inputs will not do: a model called with keyword arguments, or called on
+        something else than the training batch just before `step`.
+
+        Args:
+            *inputs: The model's positional arguments, tensors with one row per input.
+
+        Raises:
+            ValueError: If the inputs are empty, or contain NaN or infinite values.
+            TypeError: If they are not tensors.
+        """
+        if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in inputs):
+            raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+        recorded = self._recorder.last
+        record = Record(inputs)
+        if recorded is not None and inputs and recorded.rows() == record.rows():
+            record.gradient = recorded.gradient
+        self._refresh(record)
+        self._is_fresh = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of the model's parameters, with its own hyperparameters and estimator if it names them.
+
+        Raises:
+            ValueError: If a parameter is not the model's, or an option is out of range.
+        """
+        group = dict(param_group)
+        listed = group.get("params", ())
+        listed = [listed] if isinstance(listed, Tensor) else list(listed)
+        group["params"] = [p[1] if isinstance(p, tuple) else p for p in listed]
+        for p in group["params"]:
+            if isinstance(p, Tensor) and p not in self._name_of:
+                raise ValueError(
+                    f"params holds a tensor of shape {tuple(p.shape)} that is not a parameter of model; pass the "
+                    "model's own parameters"
+                )
+        checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
+        self._check_group({**self.defaults, **group})
+        super().add_param_group(group)
+        if hasattr(self, "_recorder"):
+            self._recorder.wants_gradient = self._wants_gradient()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
+        state = super().state_dict()
+        state["fishopt"] = {
+            **self._identity(),
+            "steps": self._steps,
+            "is_fresh": self._is_fresh,
+            "moment": list(self._moment),
+            "dispersion": dict(self._dispersion),
+            "seconds": self._seconds,
+            "curvature": self._curvature.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, for a model of the same parameters.
+
+        Raises:
+            ValueError: If the state is of another kind of optimizer or of another model; nothing is changed then.
+        """
+        own = refuse_another(state_dict, self._identity())
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
+        self._steps = own["steps"]
+        self._is_fresh = own["is_fresh"]
+        self._moment = Moment(*own["moment"])
+        self._dispersion = dict(own["dispersion"])
+        self._seconds, self._started = own["seconds"], None
+        self._curvature.load_state_dict(own["curvature"])
+
+    def report(self) -> Report:
+        """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
+        units, wanted = self._units()
+        parameters = {name: p for p, name in self._name_of.items()}
+        rows = []
+        for unit, names in units.items():
+            members = [parameters[name] for name in names]
+            rows.append(
+                Row.of(
+                    unit,
+                    wanted[unit],
+                    self._curvature.choices.get(unit),
+                    parameters=sum(p.numel() for p in members),
+                    refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in members),
+                )
+            )
+        return Report(
+            optimizer=type(self).__name__,
+            criterion=self._curvature.criterion,
+            rows=rows,
+            steps=self._steps,
+            failures=self._curvature.failures,
+            curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
+            history=list(self._curvature.history),
+        )
+
+    # --- refreshing ------------------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        if self._is_fresh:
+            return False
+        if self._steps < EVERY_STEP_UNTIL or self._steps % self._refresh_every == 0:
+            return True
+        trained = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return any("preconditioner" not in self.state[p] for p in trained)
+
+    def _last_record(self) -> Record:
+        record = self._recorder.last
+        if record is None:
+            raise ValueError(
+                "step() came before any forward of model with gradients on; call model(inputs) first, or "
+                "optimizer.refresh(inputs)"
+            )
+        if record.has_keywords:
+            raise ValueError(
+                "model was called with keyword arguments, which are not recorded; call optimizer.refresh(*inputs) with "
+                "its positional arguments before step()"
+            )
+        return record
+
+    def _refresh(self, record: Record) -> None:
+        units, wanted = self._units()
+        estimate = self._curvature.refresh(units, wanted, record, self._steps)
+        if estimate is None:
+            return
+        self._average(units, estimate)
+        parameters = {name: p for p, name in self._name_of.items()}
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for names in units.values():
+            members = [parameters[name] for name in names]
+            # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
+            fishers = [
+                (self.state[p]["fisher"] / (1 - self._decay(group_of[p]) ** self.state[p]["refreshes"])).clamp_min_(0)
+                for p in members
+            ]
+            mean = sum(f.sum() for f in fishers) / sum(p.numel() for p in members)
+            for p, fisher in zip(members, fishers, strict=True):
+                self.state[p]["preconditioner"] = self._preconditioner(fisher, mean, group_of[p], self._moment)
+
+    def _average(self, units: Groups, estimate: Estimate) -> None:
+        """Takes the estimate into the moving averages."""
+        group_of = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
+        for name in (name for names in units.values() for name in names):
+            p, group = group_of[name]
+            state = self.state[p]
+            if "fisher" not in state:
+                state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(p), fisher=torch.zeros_like(p))
+            state["fisher"].lerp_(estimate.diagonal[name], 1 - self._decay(group))
+            state["refreshes"] += 1
+        decay = self._decay(self.param_groups[0])
+        for key, value in (("average", estimate.dispersion), ("weight", 1.0)):
+            self._dispersion[key] = decay * self._dispersion[key] + (1 - decay) * value
+        dispersion = self._dispersion["average"] / self._dispersion["weight"]
+        self._moment = Moment(estimate.batch_size, estimate.scale, dispersion)
+
+    def _work(self, group: dict[str, Any]) -> Work:
+        params = [p for p in group["params"] if p.grad is not None and "preconditioner" in self.state[p]]
+        grads = [p.grad for p in params]
+        if group["maximize"] and grads:
+            grads = list(torch._foreach_neg(grads))
+        return Work(group, params, grads, [self.state[p] for p in params])
+
+    def _refuse_sparse_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
+                    )
+
+    # --- groups ----------------------------------------------------------------------------------------------------
+
+    def _listed(self, params: Params) -> tuple[list[dict[str, Any]], bool]:
+        """The parameter groups, and whether layers are the units of choice: unless the user passes groups."""
+        if params is None:
+            return [{"params": [p for p in self._name_of if p.requires_grad]}], True
+        listed = [params] if isinstance(params, Tensor) else list(params)
+        if not listed:
+            raise ValueError("params is empty; pass some of the model's parameters, or leave it out")
+        if isinstance(listed[0], dict):
+            return [dict(group) for group in listed], False  # type: ignore[arg-type]
+        return [{"params": listed}], True
+
+    def _units(self) -> tuple[Groups, dict[str, str]]:
+        """The units of choice, layers or the user's groups, and the estimator asked for in each."""
+        units: Groups = {}
+        wanted: dict[str, str] = {}
+        for i, group in enumerate(self.param_groups):
+            names = [self._name_of[p] for p in group["params"] if p.requires_grad]
+            own = (
+                by_layer(names) if self._layerwise and i == 0 else {str(group.get("name", f"group {i}")): tuple(names)}
+            )
+            units.update({unit: members for unit, members in own.items() if members})
+            wanted.update(dict.fromkeys(own, group["estimator"]))
+        return units, wanted
+
+    def _wants_gradient(self) -> bool:
+        return self._curvature.estimates_noise or any(g["estimator"] == "empirical" for g in self.param_groups)
+
+    def _identity(self) -> Identity:
+        return {
+            "optimizer": type(self).__name__,
+            "names": [[self._name_of[p] for p in group["params"]] for group in self.param_groups],
+            "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
+        }
+
+
+def _training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
+    """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
+
+    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
+    an Adam-like step would stall.
+    """
+    family = as_likelihood(likelihood)
+    if isinstance(family, Gaussian) and family.variance == "estimated":
+        return family.with_variance(1.0), True
+    return family, isinstance(likelihood, nn.MSELoss)

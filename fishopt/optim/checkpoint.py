@@ -1,0 +1,48 @@
+"""Whether a checkpoint belongs to an optimizer: by its kind, and by the names and shapes of its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Identity = dict[str, Any]
+"""``"optimizer"``, and for each group ``"names"`` and ``"shapes"`` of its parameters."""
+
+
+def refuse_another(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
+    """The part of ``state_dict`` that is fishopt's own.
+
+    Raises:
+        ValueError: If it is of another kind of optimizer, or of another model.
+    """
+    own = state_dict.get("fishopt")
+    if own is None:
+        raise ValueError("state_dict has no entry 'fishopt'; pass the state_dict of a fishopt optimizer")
+    if own["optimizer"] != here["optimizer"]:
+        raise ValueError(f"state_dict is of {own['optimizer']}; load it into that, not into {here['optimizer']}")
+    if [len(group) for group in own["names"]] != [len(group) for group in here["names"]]:
+        raise ValueError(
+            f"state_dict is of another model or of other parameter groups: {_sizes(own)} parameters in its groups, "
+            f"{_sizes(here)} here; build the same model and groups first"
+        )
+    for theirs, mine in zip(_parameters(own), _parameters(here), strict=True):
+        if theirs != mine:
+            raise ValueError(
+                f"state_dict is of another model: it has {_shown(theirs)} where this one has {_shown(mine)}"
+            )
+    return dict(own)
+
+
+def _parameters(identity: Identity) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (name, tuple(shape))
+        for names, shapes in zip(identity["names"], identity["shapes"], strict=True)
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def _sizes(identity: Identity) -> str:
+    return ", ".join(str(len(group)) for group in identity["names"])
+
+
+def _shown(parameter: tuple[str, tuple[int, ...]]) -> str:
+    return f"{parameter[0]!r} of shape {parameter[1]}"

@@ -1,0 +1,59 @@
+"""Checks of hyperparameters: each error names the argument, its value and the mend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def number(
+    name: str, value: Any, *, low: float = 0.0, above: bool = False, high: float = math.inf, infinite: bool = False
+) -> None:
+    """Raises ValueError unless ``low <= value < high``; a one-element tensor will do.
+
+    Args:
+        name: The argument's name, for the message.
+        value: Its value.
+        low: The smallest value allowed; not itself allowed with ``above``.
+        above: Whether ``low`` is excluded.
+        high: The smallest value too large.
+        infinite: Whether infinity is allowed.
+    """
+    if infinite and isinstance(value, float) and value == math.inf:
+        return
+    shown = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    real = isinstance(shown, int | float) and not isinstance(shown, bool)
+    if not real or not (low < shown if above else low <= shown) or not shown < high:
+        relation = ">" if above else ">="
+        limit = "" if high == math.inf else f" and < {high:g}"
+        raise ValueError(f"{name}={value!r}: pass a finite number {relation} {low:g}{limit}")
+
+
+def whole(name: str, value: Any, *, low: int = 1) -> None:
+    """Raises ValueError unless ``value`` is a whole number of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r}: pass a whole number >= {low}")
+
+
+def pair(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a pair of decay rates in [0, 1)."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{name}={value!r}: pass a pair of numbers in [0, 1)")
+    for i, beta in enumerate(value):
+        number(f"{name}[{i}]", beta, high=1.0)
+
+
+def generator(value: Any, device: torch.device) -> torch.Generator:
+    """The user's generator, or one of our own, which leaves torch's global stream of random numbers as it is.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if value is None:
+        return torch.Generator(device).manual_seed(torch.initial_seed())
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"generator={value!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
+    return value

@@ -1,0 +1,202 @@
+"""Estimates for an optimizer: which estimator each group uses, on which inputs, with which labels."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch, checked_inputs
+from fishopt.estimators import Draw, Estimator, by_structure, estimate
+from fishopt.groups import Groups
+from fishopt.likelihoods import Likelihood
+from fishopt.optim.recorder import Record
+from fishopt.passes import Diagonal, Shadow
+from fishopt.selection import PAPER, Choice, choose
+
+SELECTION_INPUTS = 16
+"""Inputs that a selection looks at."""
+
+FIRST_INTERVAL = 32
+"""Steps from the first selection to the second; the interval doubles each time, as training slows down."""
+
+MAX_FAILURES = 10
+"""Refreshes in a row that may come out NaN or infinite before training is stopped."""
+
+CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson")}
+"""What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
+
+
+class Estimate(NamedTuple):
+    """One refresh.
+
+    Attributes:
+        diagonal: ``(1/N_x) sum_n I(theta_i | x_n)``, estimated.
+        batch_size: Inputs in the training batch.
+        scale: The loss's gradient as a multiple of that of the mean NLL.
+        dispersion: The labels' variance over the one that ``diagonal`` assumes; 1 unless it is estimated.
+    """
+
+    diagonal: Diagonal
+    batch_size: int
+    scale: float
+    dispersion: float
+
+
+class Curvature:
+    """Estimates the Fisher diagonal of a model in training, on sub-batches of what it was last trained on.
+
+    Args:
+        model: The user's network.
+        likelihood: The family behind its loss.
+        estimates_noise: Whether to estimate the labels' variance, relative to the one that the likelihood assumes.
+        criterion: How ``"auto"`` chooses, see `fishopt.select_estimators`.
+        refresh_inputs: Inputs per estimate, at most.
+        generator: Source of sub-batches and labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        estimates_noise: bool,
+        criterion: str,
+        refresh_inputs: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.criterion = criterion
+        self.estimates_noise = estimates_noise
+        self.seconds = 0.0
+        self.refreshes = self.failures = self.failures_in_a_row = 0
+        self.choices: dict[str, Choice] = {}
+        self.history: list[dict[str, Any]] = []
+        self._likelihood = likelihood
+        self._model = model
+        self._refresh_inputs = refresh_inputs
+        self._generator = generator
+        self._shadow: Shadow | None = None
+        self._next_selection = 0
+
+    def refresh(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
+        """A new estimate for every parameter of ``units``, or None if it came out NaN or infinite.
+
+        Args:
+            units: The groups of choice.
+            wanted: Group -> estimator, or ``"auto"``.
+            record: The training batch.
+            step: The optimizer's step, for the schedule and the history of choices.
+
+        Raises:
+            ValueError: If the inputs or the model's output are not of a kind that fishopt can use.
+            RuntimeError: If too many refreshes in a row have failed.
+        """
+        start = time.perf_counter()
+        try:
+            found = self._estimate(units, wanted, record, step)
+        finally:
+            self.seconds += time.perf_counter() - start
+        self._count(failed=found is None)
+        return found
+
+    def estimator_of(self, unit: str, wanted: dict[str, str]) -> str:
+        """The estimator in use for a group."""
+        return self.choices[unit].estimator if wanted[unit] == "auto" else wanted[unit]
+
+    def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
+        inputs = checked_inputs(record.inputs)
+        residuals = self._residuals(record, len(inputs[0]))
+        if not _all_finite([*inputs, *([] if residuals is None else [residuals])]):
+            return None
+        if self._shadow is None or not self._shadow.is_current():
+            self._shadow = Shadow(self._model)
+        # Drawn, not the first ones: a full batch comes in the same order each step.
+        device = self._generator.device
+        rows = torch.randperm(len(inputs[0]), generator=self._generator, device=device)[: self._refresh_inputs]
+        batch = Batch(self._shadow, tuple(x[rows.to(x.device)] for x in inputs), self._likelihood)
+        self._select(batch, units, wanted, step)
+        plan: dict[Estimator, list[str]] = defaultdict(list)
+        for unit, names in units.items():
+            for rule, part in by_structure(self.estimator_of(unit, wanted), names, batch.structure):
+                plan[rule].extend(part)
+        draw = Draw(1, self._generator, residuals=None if residuals is None else residuals[rows.to(residuals.device)])
+        diagonal: Diagonal = {}
+        for rule, part_names in plan.items():
+            diagonal.update(estimate(batch, rule, part_names, draw))
+        if not _all_finite(list(diagonal.values())):
+            return None
+        scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
+        return Estimate(diagonal, len(inputs[0]), scale, self._dispersion(residuals))
+
+    def _residuals(self, record: Record, count: int) -> Tensor | None:
+        """Eta - t(y) at the data's labels, ``[N, T]``: the gradient that backward sent to the model's output."""
+        if record.gradient is None:
+            return None
+        c = record.gradient.reshape(count, -1)
+        return c * (count / self._likelihood.gradient_scale(*c.shape))
+
+    def _dispersion(self, residuals: Tensor | None) -> float:
+        """Phi = mean of c^T I(h)^-1 c / T, for a Gaussian the variance of the residuals over the assumed one."""
+        if not self.estimates_noise or residuals is None:
+            return 1.0
+        return float((residuals.square() / self._likelihood.covariance_diagonal(residuals)).mean())
+
+    def _select(self, batch: Batch, units: Groups, wanted: dict[str, str], step: int) -> None:
+        auto = {unit: names for unit, names in units.items() if wanted[unit] == "auto"}
+        if not auto or (step < self._next_selection and auto.keys() <= self.choices.keys()):
+            return
+        few = Batch(batch.shadow, tuple(x[:SELECTION_INPUTS] for x in batch.inputs), self._likelihood)
+        chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion])
+        self.choices = {choice.group: choice for choice in chosen}
+        self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
+        self._next_selection = max(FIRST_INTERVAL, 2 * step)
+
+    def _count(self, *, failed: bool) -> None:
+        if not failed:
+            self.refreshes += 1
+            self.failures_in_a_row = 0
+            return
+        if self.failures == 0:
+            warnings.warn(
+                "a curvature refresh came out NaN or infinite (inputs, output or estimate); the last good estimate "
+                "stays in use. Further ones are counted in report() without a warning.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        self.failures += 1
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= MAX_FAILURES:
+            raise RuntimeError(
+                f"{self.failures_in_a_row} curvature refreshes in a row came out NaN or infinite; lower lr or look for "
+                "bad inputs"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to continue bit for bit."""
+        return {
+            "generator": self._generator.get_state(),
+            "counts": [self.refreshes, self.failures, self.failures_in_a_row],
+            "seconds": self.seconds,
+            "next_selection": self._next_selection,
+            "choices": [asdict(choice) for choice in self.choices.values()],
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._generator.set_state(state["generator"].cpu())
+        self.refreshes, self.failures, self.failures_in_a_row = state["counts"]
+        self.seconds = state["seconds"]
+        self._next_selection = state["next_selection"]
+        self.choices = {choice["group"]: Choice(**choice) for choice in state["choices"]}
+        self.history = list(state["history"])
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    flags = [torch.isfinite(x).all() for x in tensors if x.is_floating_point()]
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True

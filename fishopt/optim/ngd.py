@@ -1,0 +1,118 @@
+"""DiagonalNGD: the natural gradient with the diagonal of the Fisher information, inside a trust region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.likelihoods import Likelihood
+from fishopt.optim import checks
+from fishopt.optim.adam import averaged
+from fishopt.optim.base import FisherOptimizer, Moment, Params, Work
+
+
+class DiagonalNGD(FisherOptimizer):
+    r"""Natural gradient: ``m / (F + damping * mean F)``, no longer than a predicted KL divergence allows.
+
+    A step ``d`` changes the model's predictions by ``KL = d^T F d / 2`` per input, to second order. The whole step is
+    scaled down to keep that, with the damped F, at most ``kl_radius``; ``lr`` is the step without that limit.
+
+    Args:
+        model: The network, whose output is the natural parameters of the likelihood.
+        likelihood: The loss module in use, a `Likelihood`, or its name. For ``nn.MSELoss`` the labels' variance is
+            estimated from the residuals; pass a `Gaussian` to fix it.
+        params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
+            are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
+        lr: Learning rate.
+        momentum: Decay rate, per step, of the moving average of the gradient.
+        decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
+        damping: Damping relative to the layer's own mean Fisher diagonal.
+        kl_radius: The largest predicted KL divergence of a step (nats per input).
+        weight_decay: Decoupled weight decay, as in AdamW.
+        estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
+        criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
+            ``"exact"``.
+        refresh_every: Steps between estimates, after the first ten.
+        refresh_inputs: Inputs of the batch that an estimate uses.
+        maximize: Ascend instead.
+        generator: Source of labels and sub-batches; one of its own, seeded with ``torch.initial_seed()``, if None.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the model.
+        TypeError: If an argument is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | nn.Module | str,
+        *,
+        params: Params = None,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        decay: float = 0.9,
+        damping: float = 1.0,
+        kl_radius: float = 1e-3,
+        weight_decay: float = 0.0,
+        estimator: str = "auto",
+        criterion: str = "efficiency",
+        refresh_every: int = 10,
+        refresh_inputs: int = 32,
+        maximize: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "decay": decay,
+            "damping": damping,
+            "kl_radius": kl_radius,
+            "weight_decay": weight_decay,
+            "estimator": estimator,
+            "maximize": maximize,
+        }
+        super().__init__(
+            model,
+            likelihood,
+            params,
+            defaults,
+            criterion=criterion,
+            refresh_every=refresh_every,
+            refresh_inputs=refresh_inputs,
+            generator=generator,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("momentum", "decay"):
+            checks.number(name, group[name], high=1.0)
+        for name in ("lr", "weight_decay"):
+            checks.number(name, group[name])
+        checks.number("damping", group["damping"], above=True)
+        checks.number("kl_radius", group["kl_radius"], above=True, infinite=True)
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        return float(group["decay"])
+
+    def _preconditioner(self, fisher: Tensor, mean: Tensor, group: dict[str, Any], moment: Moment) -> Tensor:
+        tiny = torch.finfo(fisher.dtype).tiny
+        return (fisher + mean * group["damping"]).clamp_min_(tiny).mul_(moment.scale).reciprocal_()
+
+    def _update(self, work: list[Work]) -> None:
+        steps, divergence = [], []
+        for group, params, grads, states in work:
+            averages = averaged(grads, states, group["momentum"])
+            directions = torch._foreach_mul(averages, [state["preconditioner"] for state in states])
+            torch._foreach_mul_(directions, float(group["lr"]))
+            # d^T (F + damping) d = lr d^T m, without another look at F.
+            products = torch._foreach_mul(directions, averages)
+            quadratic = torch.stack([x.sum() for x in products]).sum() * float(group["lr"])
+            divergence.append(quadratic / (2 * group["kl_radius"] * self._moment.scale * self._moment.dispersion))
+            steps.append((group, params, directions))
+        if not steps:
+            return
+        excess = torch.stack([d.to(divergence[0].device) for d in divergence]).sum().sqrt().clamp_min(1.0)
+        for group, params, directions in steps:
+            torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
+            torch._foreach_add_(params, torch._foreach_div(directions, excess), alpha=-1.0)

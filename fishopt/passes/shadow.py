@@ -1,0 +1,105 @@
+"""A shadow of the user's network: the same tensors, other modules.
+
+Curvature is computed on the shadow, so the user's modules get no hooks, no stored activations and no gradients. The
+shadow runs in eval mode: a Fisher matrix is per input, and dropout or batch statistics would couple inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.passes.structure import Structure, analyse
+
+
+class Shadow:
+    """A copy of a module tree whose parameters and buffers share storage with the original.
+
+    Args:
+        model: The user's network; wrappers by `torch.compile` and data parallelism are looked through.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrapped(model)
+        self._structure: Structure | None = None
+        self.module = _shadow_of(self._model)
+
+    @cached_property
+    def extended(self) -> nn.Module:
+        """A second copy, for an engine that needs hooks of its own on the modules."""
+        return _shadow_of(self._model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that the user trains, by name."""
+        return tuple(name for name, p in self._model.named_parameters() if p.requires_grad)
+
+    def is_current(self) -> bool:
+        """Whether the storage is still shared: moves, new parameters and ``p.data = ...`` break it."""
+        return all(
+            _aliases(_tensors(self._model), _tensors(copied))
+            for copied in (self.module, self.__dict__.get("extended"))
+            if copied is not None
+        )
+
+    def structure(self, inputs: tuple[Any, ...]) -> Structure:
+        """How the output depends on each parameter; found once, on the first two inputs."""
+        if self._structure is None or self._structure.names != self.names:
+            few = tuple(x[:2] if isinstance(x, Tensor) else x for x in inputs)
+            self._structure = analyse(self.module, few, self.names)
+        return self._structure
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DataParallel and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _shadow_of(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    for module in model.modules():
+        # Hooks may hold anything, the optimizer itself included: none of it is to be copied.
+        memo.update((id(hooks), OrderedDict()) for key, hooks in vars(module).items() if "_hooks" in key)
+        for value in (*module._buffers.values(), *vars(module).values()):
+            if isinstance(value, Tensor):
+                memo.setdefault(id(value), value.detach())
+    for module in model.modules():
+        kept = OrderedDict((k, hook) for k, hook in module._forward_pre_hooks.items() if _computes_weights(hook))
+        memo[id(module._forward_pre_hooks)] = kept
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        if getattr(module, "inplace", False):  # a backward hook on the module cannot see through in-place changes
+            module.inplace = False  # type: ignore[assignment]
+    return copied
+
+
+def _computes_weights(hook: object) -> bool:
+    """Whether a forward pre-hook is part of the computation, as in `torch.nn.utils.weight_norm`."""
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _aliases(originals: list[tuple[str, Tensor]], copies: list[tuple[str, Tensor]]) -> bool:
+    return len(originals) == len(copies) and all(
+        name == other and _place(a) == _place(b) for (name, a), (other, b) in zip(originals, copies, strict=True)
+    )
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, int]:
+    return tensor.device, tensor.dtype, tensor.shape, tensor.data_ptr()

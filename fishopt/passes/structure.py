@@ -1,0 +1,191 @@
+"""What the autograd graph tells about how the output depends on each parameter.
+
+Where ``h`` is affine in every single weight, V2 is zero by structure (Remark 4.4 for the last layer; theory beyond the
+paper for piecewise-linear networks, whose kinks are met with probability zero). The graph shows it for any
+architecture, custom ``forward`` included, where a list of modules would not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Operations through which the output is linear in each differentiable operand, or multilinear in several.
+_LINEAR = {
+    *("Add", "Sub", "Neg", "Sum", "Mean", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias"),
+    *("Squeeze", "Unsqueeze", "Expand", "Cat", "Stack", "Slice", "Select", "Clone", "Alias", "Contiguous", "Split"),
+    *("SplitWithSizes", "Unbind", "Chunk", "Narrow", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Repeat"),
+    *("ConstantPadNd", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
+    *("ReflectionPad1D", "ReflectionPad2D", "ReplicationPad2D", "UpsampleNearest2D", "UpsampleBilinear2D"),
+    *("PixelShuffle", "Unfold", "Im2Col", "Embedding", "ToCopy", "Mkldnn", "UnsafeSplit", "Movedim", "Diagonal"),
+    *("Addmm", "Mm", "Mv", "Addmv", "Dot", "Bmm", "Baddbmm", "Linear", "Convolution", "Mul", "NativeBatchNorm"),
+}
+# Operations that are piecewise linear in their one differentiable operand.
+_PIECEWISE = {
+    *("Relu", "LeakyRelu", "Hardtanh", "Abs", "Threshold", "Clamp", "ClampMin", "Max", "Amax", "Min", "Amin"),
+    *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "Maximum", "Minimum", "PreluKernel"),
+    *("Hardsigmoid", "Where"),
+}
+_TRANSPARENT = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How the output depends on each parameter.
+
+    Attributes:
+        names: The parameters that were looked at.
+        affine: Those in which ``h`` is affine, entry by entry: the last layer (Remark 4.4). V2 = 0.
+        piecewise: Those in which ``h`` is affine almost everywhere, entry by entry; includes `affine`. V2 = 0.
+        separable: Those whose entries each move one output only (weight and bias of a last linear layer). There the
+            exact Fisher diagonal takes a single cotangent, the root of the diagonal of I(h|x).
+        hookable: Those used once, by their own module, called once with one row per input: what module hooks can see.
+    """
+
+    names: tuple[str, ...]
+    affine: frozenset[str]
+    piecewise: frozenset[str]
+    separable: frozenset[str]
+    hookable: frozenset[str]
+
+
+def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) -> Structure:
+    """Runs ``module`` forward once on ``inputs`` and reads its autograd graph.
+
+    Args:
+        module: A shadow network: its ``requires_grad`` flags are set here, and cleared again.
+        inputs: Its arguments, for one or a few inputs.
+        names: The parameters to look at.
+    """
+    parameters = dict(module.named_parameters())
+    calls: dict[nn.Module, list[bool]] = defaultdict(list)
+    handles = [m.register_forward_hook(_recorder(calls, inputs)) for m in module.modules() if any(m._parameters)]
+    try:
+        for name in names:
+            parameters[name].requires_grad_(True)
+        with torch.enable_grad():
+            outputs = module(*inputs)
+        graph = _Graph(outputs, {id(parameters[name]): 1 << i for i, name in enumerate(names)})
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            parameters[name].requires_grad_(False)
+    owners = {id(p): m for m in module.modules() for p in m._parameters.values() if p is not None}
+
+    def where(mask: int) -> frozenset[str]:
+        return frozenset(name for i, name in enumerate(names) if mask >> i & 1)
+
+    return Structure(
+        names=names,
+        affine=where(~(graph.curved | graph.kinked)),
+        piecewise=where(~graph.curved),
+        separable=where(graph.separable),
+        hookable=frozenset(name for name in where(graph.used_once) if calls[owners[id(parameters[name])]] == [True]),
+    )
+
+
+def _recorder(calls: dict[nn.Module, list[bool]], inputs: tuple[Any, ...]) -> Any:
+    rows = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), None)
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[module].append(
+            len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].shape[0] == rows
+        )
+
+    return record
+
+
+class _Graph:
+    """The autograd graph below ``outputs``; sets of parameters are bit masks."""
+
+    def __init__(self, outputs: Tensor, bits: dict[int, int]) -> None:
+        self.curved = self.kinked = self.separable = 0
+        self._bits = bits
+        self._below: dict[Any, int] = {}
+        self._uses: dict[int, int] = defaultdict(int)
+        if outputs.grad_fn is not None:
+            for node in _children_first(outputs.grad_fn):
+                self._visit(node)
+            self.separable = self._separable(outputs)
+        self.used_once = sum(bit for bit in bits.values() if self._uses[bit] == 1)
+
+    def _visit(self, node: Any) -> None:
+        below = [self._below[child] for child, _ in node.next_functions if child is not None]
+        for child, _ in node.next_functions:
+            if bit := self._bit(child):
+                self._uses[bit] += 1
+        everything = _union(below)
+        kind = _kind(node)
+        if kind in _LINEAR and not getattr(node, "_saved_training", False):
+            # A product of two things that both depend on a weight is quadratic in it; a sum of them is not.
+            self.curved |= 0 if kind in {"Add", "Sub", "Cat", "Stack"} else _overlap(below)
+        elif kind in _PIECEWISE:
+            self.kinked |= everything
+            self.curved |= _overlap(below) if kind == "PreluKernel" else 0
+        elif kind == "Div" and len(below) == 1 and node.next_functions[0][0] is not None:
+            pass  # a constant divisor
+        elif kind != "AccumulateGrad":
+            self.curved |= everything
+        self._below[node] = everything | self._bit(node)
+
+    def _bit(self, node: Any) -> int:
+        return self._bits.get(id(node.variable), 0) if node is not None and hasattr(node, "variable") else 0
+
+    def _separable(self, outputs: Tensor) -> int:
+        """Weight and bias of a linear layer that is the output itself, one row per input."""
+        node: Any = outputs.grad_fn
+        while _kind(node) in _TRANSPARENT and _rows(node) == outputs.shape[0]:
+            node = node.next_functions[0][0]
+        width = outputs.numel() // max(outputs.shape[0], 1)
+        if _kind(node) not in {"Addmm", "Mm"} or tuple(node._input_metadata[0].shape) != (outputs.shape[0], width):
+            return 0
+        *bias, features, weight = (child for child, _ in node.next_functions)
+        own = _union(self._bit(child) for child in bias)
+        if weight is not None and _kind(weight) == "T":
+            own |= self._bit(weight.next_functions[0][0])
+        return own & ~(self._below[features] if features is not None else 0)
+
+
+def _children_first(root: Any) -> list[Any]:
+    """The graph's nodes, each after all that it depends on (iterative: networks can be deeper than the stack)."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None)
+    return order
+
+
+def _kind(node: Any) -> str:
+    """``AddmmBackward0`` -> ``Addmm``."""
+    return str(node.name()).rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def _rows(node: Any) -> int:
+    shape = node._input_metadata[0].shape
+    return int(shape[0]) if len(shape) else 0
+
+
+def _union(masks: Any) -> int:
+    total = 0
+    for mask in masks:
+        total |= mask
+    return total
+
+
+def _overlap(masks: list[int]) -> int:
+    """Parameters that at least two operands depend on."""
+    seen = twice = 0
+    for mask in masks:
+        twice |= seen & mask
+        seen |= mask
+    return twice

@@ -1,0 +1,111 @@
+"""What an optimizer tells about its curvature: a table, a dict, and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+
+from fishopt.selection import Choice
+
+_FIXED = {
+    "I1": "set by the user: squared scores at sampled labels",
+    "I2": "set by the user: negative Hessian at sampled labels",
+    "exact": "set by the user: no label is sampled",
+    "hutchinson": "set by the user: random signs",
+    "empirical": "set by the user: squared scores at the data's labels (biased)",
+    "auto": "not chosen yet: the first step chooses",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One unit of choice.
+
+    Attributes:
+        group: Its name.
+        parameters: How many numbers it holds.
+        estimator: The estimator in use.
+        bounds: Candidate -> mean bound on its label variance, where it was computed.
+        reason: Why this estimator.
+        refreshes: Estimates taken so far.
+    """
+
+    group: str
+    parameters: int
+    estimator: str
+    bounds: dict[str, float]
+    reason: str
+    refreshes: int
+
+    @classmethod
+    def of(cls, group: str, wanted: str, choice: Choice | None, *, parameters: int, refreshes: int) -> Self:
+        """A row from what was asked for and what was chosen."""
+        if wanted == "auto" and choice is not None:
+            return cls(group, parameters, choice.estimator, dict(choice.bounds), choice.reason, refreshes)
+        return cls(group, parameters, wanted, {}, _FIXED[wanted], refreshes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of an optimizer's curvature; ``print`` shows it as a table.
+
+    Attributes:
+        optimizer: The optimizer's class.
+        criterion: How ``"auto"`` chooses.
+        rows: One `Row` for each unit of choice.
+        steps: Steps taken.
+        failures: Refreshes that came out NaN or infinite and were passed over.
+        curvature_share: Time spent on curvature over all time from the first step to the last.
+        history: For each selection its step and its choices, as dicts.
+    """
+
+    optimizer: str
+    criterion: str
+    rows: list[Row]
+    steps: int
+    failures: int
+    curvature_share: float
+    history: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and lists, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        table = Table(title=f"{self.optimizer}, criterion {self.criterion!r}, after {self.steps:,} steps")
+        for heading in ("group", "parameters", "estimator", "bound I1", "bound I2", "refreshes", "reason"):
+            numeric = heading in ("parameters", "bound I1", "bound I2", "refreshes")
+            # The reason wraps; nothing else may, whatever the width.
+            table.add_column(heading, justify="right" if numeric else "left", no_wrap=heading != "reason")
+        for row in self.rows:
+            bounds = [f"{row.bounds[name]:.1e}" if name in row.bounds else "-" for name in ("I1", "I2")]
+            cells = (row.group, f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}", row.reason)
+            table.add_row(*cells)
+        text = StringIO()
+        console = Console(file=text, width=140)
+        console.print(table, f"curvature: {self.curvature_share:.1%} of the time; failed refreshes: {self.failures}")
+        return text.getvalue()
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the choices and the bounds on the variances over training; needs matplotlib.
+
+        Args:
+            path: Where to save the picture (PNG by its ending).
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If nothing was chosen yet, or no group is set to ``"auto"``.
+            ImportError: If matplotlib is not installed (``pip install fishopt[plot]``).
+        """
+        if not self.history:
+            raise ValueError("history is empty: there is a choice to draw once a step was taken with estimator='auto'")
+        from fishopt.plotting import plot_choices  # matplotlib is an extra
+
+        return plot_choices(self.history, Path(path))

@@ -1,0 +1,266 @@
+"""Which estimator for which group of parameters, and why.
+
+Given the inputs, an estimate's error is its label variance, and that alone differs between estimators (Theorem 4.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch, checked_option
+from fishopt.groups import Groups, layers, named_groups
+from fishopt.likelihoods import unit_columns
+from fishopt.passes import Diagonal, Structure
+from fishopt.variance import (
+    SAMPLED,
+    accumulate,
+    bound_factor,
+    curvature_norm_per_input,
+    largest_eigenvalue,
+    mean_label_variance,
+    squared_norm_per_input,
+    weighed,
+)
+
+CRITERIA = ("bound", "exact", "efficiency")
+
+PAPER = ("I1", "I2")
+"""The two estimators that the paper compares."""
+
+MAX_COLUMNS = 64
+"""Above so many outputs, ``|d_i h|^2`` is estimated by as many random signs: a choice needs no more digits."""
+
+MAX_HESSIAN_COST = 20_000
+"""Backward passes that a choice may spend on second derivatives. What costs more is not chosen."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The estimator chosen for one group.
+
+    Attributes:
+        group: The group's name.
+        estimator: The winner's name.
+        scores: Candidate -> score, the smaller the better: the mean over the group's parameters of the variance or
+            bound, for ``"efficiency"`` times its cost. Where a candidate loses by its cost alone, a lower bound.
+        reason: In words and numbers.
+        bounds: Candidate -> mean bound on its label variance, where it was computed.
+    """
+
+    group: str
+    estimator: str
+    scores: dict[str, float]
+    reason: str
+    bounds: dict[str, float] = field(default_factory=dict)
+
+
+def select_estimators(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    *,
+    groups: Mapping[str, Sequence[str | Tensor]] | None = None,
+    criterion: str = "bound",
+    candidates: Sequence[str] = PAPER,
+) -> list[Choice]:
+    """Chooses an estimator of the Fisher diagonal for each group of parameters.
+
+    Args:
+        model: The network.
+        inputs: A few inputs, as a tensor or a tuple of tensors with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        groups: Name -> parameters or their names; one group for each module that owns parameters if None.
+        criterion: ``"bound"``, the upper bound on the label variance (Theorem 4.1); ``"exact"``, that variance itself
+            (Lemma 3.1); ``"efficiency"``, the bound on the whole variance (Lemma 4.8 and Theorem 4.1) times the
+            number of backward passes, since an estimate that costs as many passes less can use more inputs.
+        candidates: Estimators to choose from: ``"I1"``, ``"I2"``, ``"hutchinson"``, ``"exact"``. Ties go to the first.
+
+    Returns:
+        One `Choice` for each group, in the order of the groups.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs``, ``likelihood`` or ``groups`` is of the wrong kind.
+    """
+    checked_option("criterion", criterion, CRITERIA)
+    batch = Batch.of(model, inputs, likelihood)
+    members = layers(model) if groups is None else named_groups(model, groups)
+    return choose(batch, members, criterion, checked_candidates(candidates))
+
+
+def checked_candidates(candidates: Any) -> tuple[str, ...]:
+    """The candidates as a tuple.
+
+    Raises:
+        ValueError: If there are none, or one is unknown or biased.
+    """
+    listed = (candidates,) if isinstance(candidates, str) else tuple(candidates)
+    if not listed:
+        raise ValueError(f"candidates={candidates!r} is empty; pass some of {SAMPLED}")
+    for name in listed:
+        checked_option("candidates", name, SAMPLED)
+    return listed
+
+
+def choose(batch: Batch, groups: Groups, criterion: str, candidates: Sequence[str]) -> list[Choice]:
+    """`select_estimators` for a checked batch."""
+    names = tuple(name for members in groups.values() for name in members)
+    judge = _CRITERIA[criterion](batch, names)
+    return [_choice(group, members, judge, candidates) for group, members in groups.items()]
+
+
+def _choice(group: str, names: Sequence[str], judge: _Judge, candidates: Sequence[str]) -> Choice:
+    scores: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    notes = []
+    for name in sorted(candidates, key=lambda name: judge.is_dear(name, names)):
+        # First whether what is cheap to know decides: a candidate may lose by its cost alone.
+        if scores and judge.is_dear(name, names) and (floor := judge.floor(name, names)) >= min(scores.values()):
+            scores[name] = floor
+            notes.append(f"{name} loses by its cost alone, about {judge.cost(name, names):,} backward passes")
+        else:
+            scores[name] = judge.score(name, names)
+            bounds[name] = judge.bound(name, names)
+    winner = min(candidates, key=lambda name: scores[name])
+    return Choice(group, winner, {c: scores[c] for c in candidates}, judge.reason(winner, scores, names, notes), bounds)
+
+
+class _Judge:
+    """Scores by one criterion. Each quantity is computed once, for all groups, when first asked for."""
+
+    what = ""
+
+    def __init__(self, batch: Batch, names: tuple[str, ...]) -> None:
+        self._batch = batch
+        self._names = names
+        self._structure: Structure = batch.structure
+        self._variances: dict[tuple[str, tuple[str, ...]], Diagonal] = {}
+        self._curvature: dict[tuple[str, ...], Diagonal] = {}
+        self._outputs, self._hessian_costs, self._input_bound, self._norm_bounds = _first_derivatives(batch, names)
+
+    def score(self, name: str, names: Sequence[str]) -> float:
+        raise NotImplementedError
+
+    def floor(self, name: str, names: Sequence[str]) -> float:
+        """What the score is at least, without second derivatives."""
+        return float("inf") if self.cost(name, names) > MAX_HESSIAN_COST else -float("inf")
+
+    def is_dear(self, name: str, names: Sequence[str]) -> bool:
+        """Whether scoring takes second derivatives of the network."""
+        return name == "I2" and not self._structure.piecewise.issuperset(names)
+
+    def cost(self, name: str, names: Sequence[str]) -> int:
+        """Backward passes for one estimate, with one label per input."""
+        if name in ("I1", "hutchinson"):
+            return 1
+        columns = 1 if self._structure.separable.issuperset(names) else self._outputs
+        curved = [self._hessian_costs[n] for n in names if n not in self._structure.piecewise]
+        return columns + (max(curved, default=0) if name == "I2" else 0)
+
+    def bound(self, name: str, names: Sequence[str]) -> float:
+        """The mean over the group of the bound on the label variance, Theorem 4.1."""
+        if name == "exact":
+            return 0.0
+        if name != "I2":
+            return _mean(self._norm_bounds[name], names)
+        key = tuple(n for n in names if n not in self._structure.piecewise)
+        if key not in self._curvature:
+            self._curvature[key] = _curvature_bound(self._batch, key)
+        return _mean(self._curvature[key], names, size_of=self._norm_bounds["I1"])
+
+    def reason(self, winner: str, scores: dict[str, float], names: Sequence[str], notes: list[str]) -> str:
+        structure = self._structure
+        words = []
+        if winner == "I2" and structure.affine.issuperset(names):
+            words.append("structural: h is affine in these parameters (Remark 4.4), so V2 = 0")
+        elif winner == "I2" and structure.piecewise.issuperset(names):
+            words.append("structural: h is piecewise affine in each weight, so V2 = 0 almost everywhere")
+        others = [c for c in scores if c != winner and scores[c] != float("inf")]
+        if others:
+            listed = ", ".join(f"{c} {scores[c]:.2e}" for c in others)
+            words.append(f"{self.what} {winner} {scores[winner]:.2e} against {listed}")
+        return "; ".join([*words, *notes]) or "the only candidate"
+
+
+class _ByBound(_Judge):
+    what = "bound on E[V]:"
+
+    def score(self, name: str, names: Sequence[str]) -> float:
+        return self.bound(name, names)
+
+
+class _ByVariance(_Judge):
+    what = "E[V]:"
+
+    def score(self, name: str, names: Sequence[str]) -> float:
+        # Second derivatives are dear, so only of the group; the rest in one go.
+        key = tuple(names) if self.is_dear(name, names) else self._names
+        if (name, key) not in self._variances:
+            self._variances[name, key] = mean_label_variance(self._batch, name, key)
+        return _mean(self._variances[name, key], names)
+
+
+class _ByEfficiency(_Judge):
+    what = "bound on the variance x backward passes:"
+
+    def score(self, name: str, names: Sequence[str]) -> float:
+        return self.floor(name, names) + self.bound(name, names) * self.cost(name, names)
+
+    def floor(self, name: str, names: Sequence[str]) -> float:
+        return _mean(self._input_bound, names) * self.cost(name, names)
+
+
+_CRITERIA: dict[str, type[_Judge]] = {"bound": _ByBound, "exact": _ByVariance, "efficiency": _ByEfficiency}
+
+
+def _first_derivatives(
+    batch: Batch, names: tuple[str, ...]
+) -> tuple[int, dict[str, int], Diagonal, dict[str, Diagonal]]:
+    """All that follows from ``|d_i h|^2``: number of outputs, costs, Lemma 4.8's bound, and the bounds on V1 and
+    Hutchinson's variance.
+    """
+    over_inputs = batch.zeros(names)
+    bounds = {name: batch.zeros(names) for name in ("I1", "hutchinson")}
+    outputs, costs = 0, dict.fromkeys(names, 0)
+    for through, h, _ in batch.chunks(names):
+        outputs, costs = h.shape[1], {name: through.hessian_cost(name) for name in names}
+        fourth = {name: v.square() for name, v in _squared_norm(through, batch, h).items()}
+        accumulate(over_inputs, weighed(fourth, largest_eigenvalue(batch.likelihood, h, tight=False).square()))
+        for name, total in bounds.items():
+            accumulate(total, weighed(fourth, bound_factor(batch.likelihood, h, name, tight=False)))
+    average = {name: {n: v / len(batch) for n, v in total.items()} for name, total in bounds.items()}
+    return outputs, costs, {n: v / len(batch) for n, v in over_inputs.items()}, average
+
+
+def _squared_norm(through: Any, batch: Batch, h: Tensor) -> Diagonal:
+    if h.shape[1] <= MAX_COLUMNS:
+        return squared_norm_per_input(through, batch.likelihood, h)
+    return through.squared_vjp(_probes(h), per_input=True)
+
+
+def _curvature_bound(batch: Batch, names: tuple[str, ...]) -> Diagonal:
+    """The bound on V2, Eq. 9."""
+    total = batch.zeros(names)
+    for through, h, _ in batch.chunks(names):
+        columns = unit_columns(h) if h.shape[1] <= MAX_COLUMNS else _probes(h)
+        factor = bound_factor(batch.likelihood, h, "I2", tight=False)
+        accumulate(total, weighed(curvature_norm_per_input(through, columns), factor))
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+def _probes(h: Tensor) -> Tensor:
+    """Random signs, always the same: E[eps eps^T] = I makes ``sum_k q`` and ``sum_k r^2`` the sums over outputs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (MAX_COLUMNS, *h.shape), generator=generator) * 2 - 1
+    return signs.to(h) / MAX_COLUMNS**0.5
+
+
+def _mean(diagonal: Diagonal, names: Sequence[str], size_of: Diagonal | None = None) -> float:
+    """The mean over the entries of a group; parameters that the diagonal lacks count as zeros."""
+    size = sum((size_of or diagonal)[name].numel() for name in names)
+    return float(sum(diagonal[name].sum() for name in names if name in diagonal)) / size

@@ -1,0 +1,122 @@
+"""Bounds for groups of parameters jointly: Corollary 4.6, in forms that hold, and the full spectra of Theorem D.1.
+
+The paper prints the first argument of its minima with a singular value to the first power. That is not homogeneous: the
+left side is of degree two in the Jacobian, so scaling the network's output up breaks it (a test shows by how much). The
+forms here have its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch, checked_option
+from fishopt.groups import layers, named_groups
+from fishopt.likelihoods import Likelihood, unit_columns
+from fishopt.passes import Pass
+from fishopt.variance import SIDES, bound_factor, squared_norm_per_input, weighed
+
+QUANTITIES = ("fisher", "I1", "I2")
+
+
+def trace_bound(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    *,
+    quantity: str = "fisher",
+    groups: Mapping[str, Sequence[str | Tensor]] | None = None,
+    side: str = "upper",
+    full_spectrum: bool = False,
+) -> dict[str, Tensor]:
+    """Bounds the sum over a group's parameters of the Fisher diagonal or of a label variance, averaged over the batch.
+
+    With ``J`` the T x P Jacobian of ``h`` over the group's P parameters (``D``, the second derivatives, for I2), ``s``
+    its singular values and ``lambda`` the eigenvalues of I(h|x), both sorted:
+
+    - upper: ``min(s_1^2 tr I, |J|_F^2 lambda_max)`` (Corollary 4.6, corrected), or ``sum_k s_k^2 lambda_k`` with
+      ``full_spectrum`` (Theorem D.1);
+    - lower: ``max(s_T^2 tr I, |J|_F^2 lambda_min)``, or the same sum with one of the two in the opposite order;
+    - for I1: ``sum_i |d_i h|^4`` times the extreme of M, for either value of ``full_spectrum``.
+
+    Args:
+        model: The network.
+        inputs: A tensor, or a tuple of tensors, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        quantity: ``"fisher"`` for tr I(theta|x), ``"I1"`` or ``"I2"`` for the trace of that label variance.
+        groups: Name -> parameters or their names; one group for each module that owns parameters if None.
+        side: ``"upper"`` or ``"lower"``.
+        full_spectrum: Use all singular values and eigenvalues: tighter, T(T + 1) backward passes.
+
+    Returns:
+        Group name -> scalar tensor.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("quantity", quantity, QUANTITIES)
+    checked_option("side", side, SIDES)
+    batch = Batch.of(model, inputs, likelihood)
+    members = layers(model) if groups is None else named_groups(model, groups)
+    totals = {}
+    for group, names in members.items():
+        total = torch.zeros(())
+        for through, h, _ in batch.chunks(names):
+            if quantity == "I1":
+                value = _quartic_trace(through, batch.likelihood, h, side)
+            else:
+                gram = _jacobian_gram(through, h) if quantity == "fisher" else _curvature_gram(through, h)
+                value = _spectral_bound(gram, batch.likelihood.covariance(h), side, full_spectrum=full_spectrum)
+            total = total.to(value) + value.sum()
+        totals[group] = total / len(batch)
+    return totals
+
+
+def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectrum: bool) -> Tensor:
+    """Bounds on tr(J^T I J) from the spectra of J J^T and I, per input."""
+    s2 = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending, as the eigenvalues of I are
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    if full_spectrum:  # von Neumann's trace inequality
+        return (s2 * (eigenvalues if side == "upper" else eigenvalues.flip(-1))).sum(-1)
+    end = -1 if side == "upper" else 0
+    corners = s2[:, end] * eigenvalues.sum(-1), s2.sum(-1) * eigenvalues[:, end]
+    return torch.minimum(*corners) if side == "upper" else torch.maximum(*corners)
+
+
+def _quartic_trace(through: Pass, likelihood: Likelihood, h: Tensor, side: str) -> Tensor:
+    factor = bound_factor(likelihood, h, "I1", side, tight=True)
+    norms = squared_norm_per_input(through, likelihood, h)
+    fourth = weighed({name: value.square() for name, value in norms.items()}, factor)
+    return sum((value.flatten(1).sum(1) for value in fourth.values()), torch.zeros_like(factor))
+
+
+def _jacobian_gram(through: Pass, h: Tensor) -> Tensor:
+    """``J J^T`` per input, ``[N, T, T]``, by polarisation: ``4 u.v = |u + v|^2 - |u - v|^2``."""
+    units = unit_columns(h)
+    t = h.shape[1]
+    gram = h.new_zeros(len(h), t, t)
+    for a in range(t):
+        for b in range(a, t):
+            plus = _total(through.squared_vjp((units[a] + units[b])[None], per_input=True))
+            minus = _total(through.squared_vjp((units[a] - units[b])[None], per_input=True)) if a != b else 0.0
+            gram[:, a, b] = gram[:, b, a] = (plus - minus) / 4
+    return gram
+
+
+def _curvature_gram(through: Pass, h: Tensor) -> Tensor:
+    """``D D^T`` per input, ``[N, T, T]``, with the signed second derivatives as they are."""
+    rows = [_flat(through.hessian_diagonal(unit, per_input=True)) for unit in unit_columns(h)]
+    d = torch.stack(rows, dim=1)
+    return d @ d.mT
+
+
+def _flat(per_input: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten(1) for value in per_input.values()], dim=1)
+
+
+def _total(per_input: Mapping[str, Tensor]) -> Tensor:
+    return _flat(per_input).sum(1)

@@ -1,0 +1,296 @@
+"""Label variance in closed form (Lemma 3.1), its bounds (Theorem 4.1), and the joint variance (Theorem 4.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishopt.batch import Batch, checked_option
+from fishopt.likelihoods import Interval, Likelihood, unit_columns
+from fishopt.passes import Diagonal, Pass
+
+SAMPLED = ("I1", "I2", "hutchinson", "exact")
+"""Estimators with labels from the model, whose label variance has a closed form."""
+
+SIDES = ("lower", "upper")
+
+
+# --- one value per input, [N, *shape] ----------------------------------------------------------------------------------
+
+
+def fisher_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+    """I(theta_i | x), Eq. 4."""
+    return through.squared_vjp(likelihood.factor(h), per_input=True)
+
+
+def squared_norm_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+    """``|d_i h|^2``."""
+    return through.squared_vjp(unit_columns(h), per_input=True)
+
+
+def curvature_norm_per_input(through: Pass, columns: Tensor) -> Diagonal:
+    """``sum_k r(columns[k])^2``: V2 (Eq. 6) for the columns of S, ``|d_i^2 h|^2`` for unit columns."""
+    return _sum(_square(through.hessian_diagonal(column, per_input=True)) for column in columns)
+
+
+def _v1(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+    """Eq. 5: ``d_i h`` four times into M = K - I (x) I."""
+    quartic = likelihood.quartic(h)
+    fisher = _square(fisher_per_input(through, likelihood, h))
+    total = {name: quartic.multiple * value for name, value in fisher.items()}
+    if quartic.weights.any():
+        fourth = _fourth_powers(through, quartic.columns, quartic.weights)
+        total = {name: value + fourth[name] for name, value in total.items()}
+    # A variance: what rounding leaves below zero where it cancels is rounding.
+    return {name: value.clamp_min(0) for name, value in total.items()}
+
+
+def _v2(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+    return curvature_norm_per_input(through, likelihood.factor(h))
+
+
+def _hutchinson(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+    """``2 (|u|^4 - sum_a u_a^4)``, ``u = S^T d_i h``: the variance of (u^T eps)^2 over random signs."""
+    columns = likelihood.factor(h)
+    fisher = _square(fisher_per_input(through, likelihood, h))
+    fourth = _fourth_powers(through, columns, torch.ones_like(columns[..., 0]))
+    return {name: 2 * (value - fourth[name]).clamp_min(0) for name, value in fisher.items()}
+
+
+_LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor], Diagonal]] = {
+    "I1": _v1,
+    "I2": _v2,
+    "hutchinson": _hutchinson,
+    "exact": lambda through, likelihood, h: {},
+}
+
+
+def _fourth_powers(through: Pass, columns: Tensor, weights: Tensor) -> Diagonal:
+    """``sum_k weights[k] q(columns[k])^2``."""
+    return _sum(
+        weighed(_square(through.squared_vjp(column[None], per_input=True)), w)
+        for column, w in zip(columns, weights, strict=True)
+    )
+
+
+# --- averages over the batch -------------------------------------------------------------------------------------------
+
+
+def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
+    """The variance of an estimator given the inputs, for one label, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``.
+
+    Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6).
+
+    Args:
+        model: The network.
+        inputs: A tensor, or a tuple of tensors, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        estimator: ``"I1"``, ``"I2"``, ``"hutchinson"`` or ``"exact"`` (zero).
+
+    Returns:
+        Name of each trainable parameter -> tensor of its shape.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("estimator", estimator, SAMPLED)
+    return mean_label_variance(Batch.of(model, inputs, likelihood), estimator)
+
+
+def mean_label_variance(batch: Batch, estimator: str, names: Sequence[str] | None = None) -> Diagonal:
+    """`label_variance` of a checked batch, for some of its parameters."""
+    names = batch.names if names is None else names
+    total = batch.zeros(names)
+    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names)):
+        accumulate(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h))
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+def with_label_variance(batch: Batch, estimator: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``names`` whose estimate depends on the labels: not where V2 = 0 by structure (Remark 4.4)."""
+    if estimator == "exact":
+        return ()
+    return tuple(name for name in names if estimator != "I2" or name not in batch.structure.piecewise)
+
+
+def variance_bound(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    *,
+    estimator: str,
+    side: str = "upper",
+    tight: bool = False,
+) -> Diagonal:
+    """The bound of Theorem 4.1 on `label_variance` (Eq. 8 and 9), averaged over the batch.
+
+    The eigenvalues are those of Theorem 5.2 (Categorical: ``2 m(x)`` and ``m(x)``) and Proposition 5.1 (Gaussian, where
+    the bounds are equalities). For ``"hutchinson"`` the bound is ``2 (1 - 1/T) |d_i h|^4 lambda_max(I)^2`` [ours].
+
+    Args:
+        model: The network.
+        inputs: A tensor, or a tuple of tensors, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        estimator: ``"I1"``, ``"I2"``, ``"hutchinson"`` or ``"exact"`` (zero).
+        side: ``"upper"`` or ``"lower"``.
+        tight: Use the exact eigenvalues of I(h|x) and ``B m(x)`` for M [ours], dearer and closer.
+
+    Returns:
+        Name of each trainable parameter -> tensor of its shape.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("estimator", estimator, SAMPLED)
+    checked_option("side", side, SIDES)
+    batch = Batch.of(model, inputs, likelihood)
+    total = batch.zeros(batch.names)
+    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names)):
+        value = bound_factor(batch.likelihood, h, estimator, side, tight=tight)
+        if estimator == "I2":
+            accumulate(total, weighed(curvature_norm_per_input(through, unit_columns(h)), value))
+        else:
+            accumulate(total, weighed(_square(squared_norm_per_input(through, batch.likelihood, h)), value))
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+def bound_factor(likelihood: Likelihood, h: Tensor, estimator: str, side: str = "upper", *, tight: bool) -> Tensor:
+    """What multiplies ``|d_i h|^4`` (I1, hutchinson) or ``|d_i^2 h|^2`` (I2) in the bound, per input: ``[N]``."""
+    if estimator == "I1":
+        return _side(likelihood.quartic_spectrum(h, tight=tight), side)
+    largest = largest_eigenvalue(likelihood, h, tight=tight)
+    if estimator == "I2":
+        return largest if side == "upper" else likelihood.covariance_spectrum(h).lower
+    return 2 * (1 - 1 / h.shape[1]) * largest.square() * (side == "upper")
+
+
+def largest_eigenvalue(likelihood: Likelihood, h: Tensor, *, tight: bool) -> Tensor:
+    """lambda_max(I(h|x)), or with ``tight`` false its cheap bound m(x): ``[N]``."""
+    return likelihood.covariance_spectrum(h).upper if tight else likelihood.covariance_bound(h)
+
+
+def fisher_bound(
+    model: nn.Module, inputs: Any, likelihood: Any, *, side: str = "upper", tight: bool = False
+) -> Diagonal:
+    """Bounds on the Fisher diagonal itself, ``|d_i h|^2`` times an extreme eigenvalue of I(h|x) (Eq. 7), averaged.
+
+    Args, returns and errors are those of `variance_bound`.
+    """
+    checked_option("side", side, SIDES)
+    batch = Batch.of(model, inputs, likelihood)
+    total = batch.zeros(batch.names)
+    for through, h, _ in batch.chunks(batch.names):
+        upper = side == "upper"
+        value = largest_eigenvalue(batch.likelihood, h, tight=tight) if upper else _lowest(batch.likelihood, h)
+        accumulate(total, weighed(squared_norm_per_input(through, batch.likelihood, h), value))
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tight: bool = False) -> Diagonal:
+    """Lemma 4.8: ``Var_x(I(theta_i|x)) <= E_x[ |d_i h|^4 lambda_max(I)^2 ]``, averaged over the batch.
+
+    Args, returns and errors are those of `variance_bound`.
+    """
+    batch = Batch.of(model, inputs, likelihood)
+    total = batch.zeros(batch.names)
+    for through, h, _ in batch.chunks(batch.names):
+        value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
+        accumulate(total, weighed(_square(squared_norm_per_input(through, batch.likelihood, h)), value))
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+class JointVariance(NamedTuple):
+    """The variance of an estimate over inputs and labels (Theorem 4.7), parameter name -> tensor of its shape.
+
+    Attributes:
+        total: The sum of the two parts.
+        input: ``Var_x(I(theta_i|x)) / N_x``, the same for every estimator.
+        label: ``E_x[V_j(theta_i|x)] / (N_x N)``, which the choice of an estimator rests on.
+    """
+
+    total: Diagonal
+    input: Diagonal
+    label: Diagonal
+
+
+def joint_variance(
+    model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str, samples: int = 1
+) -> JointVariance:
+    """The variance of `fisher_diagonal` when its N_x inputs are drawn, with replacement, from the given ones.
+
+    Args:
+        model: The network.
+        inputs: A tensor, or a tuple of tensors, with one row per input: the distribution of x, and N_x its size.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        estimator: ``"I1"``, ``"I2"``, ``"hutchinson"`` or ``"exact"``.
+        samples: Labels per input, N.
+
+    Returns:
+        The total and its split into an input and a label part (Theorem 4.7).
+
+    Raises:
+        ValueError: If an argument does not fit.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("estimator", estimator, SAMPLED)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
+    batch = Batch.of(model, inputs, likelihood)
+    n = len(batch)
+    label = {name: v / (n * samples) for name, v in mean_label_variance(batch, estimator).items()}
+    over_inputs = {name: v / n for name, v in _variance_over_inputs(batch, fisher_per_input).items()}
+    total = {name: over_inputs[name] + label[name] for name in batch.names}
+    return JointVariance(total, over_inputs, label)
+
+
+def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
+    """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
+    count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
+    for through, h, _ in batch.chunks(batch.names):
+        new = count + len(h)
+        for name, value in per_input(through, batch.likelihood, h).items():
+            center = value.mean(0)
+            gap = center - mean[name]
+            spread[name] += (value - center).square().sum(0) + gap.square() * (count * len(h) / new)
+            mean[name] += gap * (len(h) / new)
+        count = new
+    return {name: value / count for name, value in spread.items()}
+
+
+# --- small arithmetic on diagonals -------------------------------------------------------------------------------------
+
+
+def accumulate(total: Diagonal, per_input: Diagonal) -> None:
+    """Adds the sum over inputs to ``total``, in place."""
+    for name, value in per_input.items():
+        total[name] += value.sum(0)
+
+
+def weighed(per_input: Diagonal, weights: Tensor) -> Diagonal:
+    """Each input's values times its weight, ``[N]``."""
+    return {name: value * weights.reshape(-1, *[1] * (value.ndim - 1)) for name, value in per_input.items()}
+
+
+def _square(diagonal: Diagonal) -> Diagonal:
+    return {name: value.square() for name, value in diagonal.items()}
+
+
+def _sum(diagonals: Any) -> Diagonal:
+    total: Diagonal = {}
+    for diagonal in diagonals:
+        for name, value in diagonal.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def _side(interval: Interval, side: str) -> Tensor:
+    return interval.upper if side == "upper" else interval.lower
+
+
+def _lowest(likelihood: Likelihood, h: Tensor) -> Tensor:
+    return likelihood.covariance_spectrum(h).lower
