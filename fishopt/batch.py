@@ -127,7 +127,12 @@ def checked_model(model: Any) -> nn.Module:
 
 
 def checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
-    """The network's positional arguments as a tuple of tensors of the same length."""
+    """The network's positional arguments as a tuple of tensors of the same length.
+
+    Raises:
+        TypeError: If they are not tensors.
+        ValueError: If they are empty or differ in length.
+    """
     parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     if not parts or not all(isinstance(x, Tensor) for x in parts):
         raise TypeError(f"inputs is a {type(inputs).__name__}; pass a tensor, or a tuple of tensors, one row per input")

@@ -54,7 +54,7 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
         accumulate(first, q)
         accumulate(second, {name: value.square() for name, value in q.items()})
         accumulate(exact, fisher_per_input(through, family, h))
-        norms = squared_norm_per_input(through, family, h)
+        norms = squared_norm_per_input(through, h)
         gap = torch.linalg.eigvalsh(c[:, :, None] * c[:, None, :] - family.covariance(h)).abs().amax(-1)
         accumulate(bias_bound, weighed(norms, gap))
         squares = {name: value.square() for name, value in norms.items()}

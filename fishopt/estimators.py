@@ -99,7 +99,11 @@ def random_signs(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
 
 @estimator("empirical")
 def squared_gradient(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
-    """Section 6: squared scores at the data's labels. Biased unless the model is right."""
+    """Section 6: squared scores at the data's labels. Biased unless the model is right.
+
+    Raises:
+        ValueError: If there are no labels, or they do not fit.
+    """
     if draw.residuals is not None:
         return Cotangents(draw.residuals[None])
     if draw.targets is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishopt.batch import Batch, checked_option
 from fishopt.groups import Groups, layers, named_groups
 from fishopt.likelihoods import unit_columns
-from fishopt.passes import Diagonal, Structure
+from fishopt.passes import Diagonal, Pass, Structure
 from fishopt.variance import (
     SAMPLED,
     accumulate,
@@ -221,15 +221,13 @@ _CRITERIA: dict[str, type[_Judge]] = {"bound": _ByBound, "exact": _ByVariance, "
 def _first_derivatives(
     batch: Batch, names: tuple[str, ...]
 ) -> tuple[int, dict[str, int], Diagonal, dict[str, Diagonal]]:
-    """All that follows from ``|d_i h|^2``: number of outputs, costs, Lemma 4.8's bound, and the bounds on V1 and
-    Hutchinson's variance.
-    """
+    """What one pass tells: number of outputs, Hessian costs, Lemma 4.8's bound, bounds of I1 and hutchinson."""
     over_inputs = batch.zeros(names)
     bounds = {name: batch.zeros(names) for name in ("I1", "hutchinson")}
     outputs, costs = 0, dict.fromkeys(names, 0)
     for through, h, _ in batch.chunks(names):
         outputs, costs = h.shape[1], {name: through.hessian_cost(name) for name in names}
-        fourth = {name: v.square() for name, v in _squared_norm(through, batch, h).items()}
+        fourth = {name: v.square() for name, v in _squared_norm(through, h).items()}
         accumulate(over_inputs, weighed(fourth, largest_eigenvalue(batch.likelihood, h, tight=False).square()))
         for name, total in bounds.items():
             accumulate(total, weighed(fourth, bound_factor(batch.likelihood, h, name, tight=False)))
@@ -237,9 +235,9 @@ def _first_derivatives(
     return outputs, costs, {n: v / len(batch) for n, v in over_inputs.items()}, average
 
 
-def _squared_norm(through: Any, batch: Batch, h: Tensor) -> Diagonal:
+def _squared_norm(through: Pass, h: Tensor) -> Diagonal:
     if h.shape[1] <= MAX_COLUMNS:
-        return squared_norm_per_input(through, batch.likelihood, h)
+        return squared_norm_per_input(through, h)
     return through.squared_vjp(_probes(h), per_input=True)
 
 

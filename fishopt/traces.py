@@ -89,7 +89,7 @@ def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectru
 
 def _quartic_trace(through: Pass, likelihood: Likelihood, h: Tensor, side: str) -> Tensor:
     factor = bound_factor(likelihood, h, "I1", side, tight=True)
-    norms = squared_norm_per_input(through, likelihood, h)
+    norms = squared_norm_per_input(through, h)
     fourth = weighed({name: value.square() for name, value in norms.items()}, factor)
     return sum((value.flatten(1).sum(1) for value in fourth.values()), torch.zeros_like(factor))
 

@@ -18,7 +18,7 @@ SAMPLED = ("I1", "I2", "hutchinson", "exact")
 SIDES = ("lower", "upper")
 
 
-# --- one value per input, [N, *shape] ----------------------------------------------------------------------------------
+# --- one value per input, [N, *shape] -------------------------------------------------------------------------------
 
 
 def fisher_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
@@ -26,7 +26,7 @@ def fisher_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagon
     return through.squared_vjp(likelihood.factor(h), per_input=True)
 
 
-def squared_norm_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+def squared_norm_per_input(through: Pass, h: Tensor) -> Diagonal:
     """``|d_i h|^2``."""
     return through.squared_vjp(unit_columns(h), per_input=True)
 
@@ -64,7 +64,6 @@ _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor], Diagonal]] = {
     "I1": _v1,
     "I2": _v2,
     "hutchinson": _hutchinson,
-    "exact": lambda through, likelihood, h: {},
 }
 
 
@@ -76,11 +75,11 @@ def _fourth_powers(through: Pass, columns: Tensor, weights: Tensor) -> Diagonal:
     )
 
 
-# --- averages over the batch -------------------------------------------------------------------------------------------
+# --- averages over the batch ----------------------------------------------------------------------------------------
 
 
 def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
-    """The variance of an estimator given the inputs, for one label, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``.
+    """The variance of an estimator given the inputs, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``, one label.
 
     Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6).
 
@@ -105,7 +104,7 @@ def mean_label_variance(batch: Batch, estimator: str, names: Sequence[str] | Non
     """`label_variance` of a checked batch, for some of its parameters."""
     names = batch.names if names is None else names
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names)):
+    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names)):  # no names for "exact"
         accumulate(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h))
     return {name: value / len(batch) for name, value in total.items()}
 
@@ -155,7 +154,7 @@ def variance_bound(
         if estimator == "I2":
             accumulate(total, weighed(curvature_norm_per_input(through, unit_columns(h)), value))
         else:
-            accumulate(total, weighed(_square(squared_norm_per_input(through, batch.likelihood, h)), value))
+            accumulate(total, weighed(_square(squared_norm_per_input(through, h)), value))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -187,7 +186,7 @@ def fisher_bound(
     for through, h, _ in batch.chunks(batch.names):
         upper = side == "upper"
         value = largest_eigenvalue(batch.likelihood, h, tight=tight) if upper else _lowest(batch.likelihood, h)
-        accumulate(total, weighed(squared_norm_per_input(through, batch.likelihood, h), value))
+        accumulate(total, weighed(squared_norm_per_input(through, h), value))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -200,7 +199,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     total = batch.zeros(batch.names)
     for through, h, _ in batch.chunks(batch.names):
         value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
-        accumulate(total, weighed(_square(squared_norm_per_input(through, batch.likelihood, h)), value))
+        accumulate(total, weighed(_square(squared_norm_per_input(through, h)), value))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -262,7 +261,7 @@ def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, T
     return {name: value / count for name, value in spread.items()}
 
 
-# --- small arithmetic on diagonals -------------------------------------------------------------------------------------
+# --- small arithmetic on diagonals ----------------------------------------------------------------------------------
 
 
 def accumulate(total: Diagonal, per_input: Diagonal) -> None:

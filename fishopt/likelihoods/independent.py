@@ -78,12 +78,12 @@ class Independent(Likelihood):
         """Extremes of ``sum_a kappa_a w_a^2 + 2 (sum_a v_a w_a)^2`` over the simplex ``w_a = u_a^2`` [ours].
 
         Both summands are bounded apart, so the pair is exact for one output, for equal variances without excess
-        (Gaussian, Proposition 5.1), and, above, for a positive fourth cumulant (a convex form: a vertex is the maximum).
+        (Gaussian, Proposition 5.1), and, above, for positive fourth cumulants (a convex form peaks at a vertex).
         The argument ``tight`` changes nothing here.
         """
         v, kappa = self.second_cumulant(h), self.fourth_cumulant(h)
         convex, concave = (kappa >= 0).all(-1), (kappa <= 0).all(-1)
-        spread = 1 / kappa.reciprocal().sum(-1)  # extreme of sum kappa_a w_a^2 inside the simplex, one sign throughout
+        spread = 1 / kappa.reciprocal().sum(-1)  # extreme of sum kappa_a w_a^2 inside the simplex, if of one sign
         lowest = torch.where((kappa > 0).all(-1), spread, kappa.amin(-1)) + 2 * v.amin(-1).square()
         apart = torch.where((kappa < 0).all(-1), spread, kappa.amax(-1)) + 2 * v.amax(-1).square()
         vertex = (kappa + 2 * v.square()).amax(-1)

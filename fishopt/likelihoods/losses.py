@@ -19,7 +19,7 @@ BY_NAME: dict[str, type[Likelihood]] = {
 
 
 class MeanSquaredError(Gaussian):
-    """The Gaussian whose NLL, averaged over inputs, has the gradient of ``nn.MSELoss()``: variance D/2 for D outputs."""
+    """The Gaussian whose NLL, averaged over inputs, has the gradient of ``nn.MSELoss()``: variance D/2, D outputs."""
 
     def noise(self, h: Tensor) -> float:
         return h.shape[-1] / 2

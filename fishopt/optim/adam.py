@@ -94,7 +94,9 @@ class FisherAdam(FisherOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["betas"][1])
 
-    def _preconditioner(self, fisher: Tensor, mean: Tensor, group: dict[str, Any], moment: Moment) -> Tensor:
+    def _preconditioner(
+        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+    ) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
         factor = moment.scale**2 * moment.dispersion / moment.batch_size
         denominator = (fisher * factor).sqrt_().add_((mean * factor).sqrt() * group["damping"]).add_(group["eps"])

@@ -98,13 +98,16 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """The decay rate, per refresh, of the moving average of the estimate."""
 
     @abstractmethod
-    def _preconditioner(self, fisher: Tensor, mean: Tensor, group: dict[str, Any], moment: Moment) -> Tensor:
+    def _preconditioner(
+        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+    ) -> Tensor:
         """What the update multiplies the averaged gradient by.
 
         Args:
             fisher: The averaged, bias-corrected Fisher diagonal of one parameter, not negative.
             mean: Its mean over the unit of choice, a scalar.
             group: The parameter group, with its hyperparameters.
+            state: The parameter's state, for what else the rule keeps.
             moment: Batch size and scales.
         """
 
@@ -115,7 +118,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     # --- torch.optim's interface -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refreshes the curvature if it is due, then updates the parameters.
 
         Args:
@@ -282,7 +285,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             ]
             mean = sum(f.sum() for f in fishers) / sum(p.numel() for p in members)
             for p, fisher in zip(members, fishers, strict=True):
-                self.state[p]["preconditioner"] = self._preconditioner(fisher, mean, group_of[p], self._moment)
+                state = self.state[p]
+                state["preconditioner"] = self._preconditioner(fisher, mean, group_of[p], state, self._moment)
 
     def _average(self, units: Groups, estimate: Estimate) -> None:
         """Takes the estimate into the moving averages."""
@@ -318,14 +322,18 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     # --- groups ----------------------------------------------------------------------------------------------------
 
     def _listed(self, params: Params) -> tuple[list[dict[str, Any]], bool]:
-        """The parameter groups, and whether layers are the units of choice: unless the user passes groups."""
+        """The parameter groups, and whether layers are the units of choice: unless the user passes groups.
+
+        Raises:
+            ValueError: If ``params`` is empty.
+        """
         if params is None:
             return [{"params": [p for p in self._name_of if p.requires_grad]}], True
-        listed = [params] if isinstance(params, Tensor) else list(params)
+        listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if not listed:
             raise ValueError("params is empty; pass some of the model's parameters, or leave it out")
         if isinstance(listed[0], dict):
-            return [dict(group) for group in listed], False  # type: ignore[arg-type]
+            return [dict(group) for group in listed], False
         return [{"params": listed}], True
 
     def _units(self) -> tuple[Groups, dict[str, str]]:

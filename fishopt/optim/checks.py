@@ -12,7 +12,7 @@ from torch import Tensor
 def number(
     name: str, value: Any, *, low: float = 0.0, above: bool = False, high: float = math.inf, infinite: bool = False
 ) -> None:
-    """Raises ValueError unless ``low <= value < high``; a one-element tensor will do.
+    """Checks that ``low <= value < high``; a one-element tensor will do.
 
     Args:
         name: The argument's name, for the message.
@@ -21,6 +21,9 @@ def number(
         above: Whether ``low`` is excluded.
         high: The smallest value too large.
         infinite: Whether infinity is allowed.
+
+    Raises:
+        ValueError: If it is out of range or no number.
     """
     if infinite and isinstance(value, float) and value == math.inf:
         return
@@ -33,13 +36,21 @@ def number(
 
 
 def whole(name: str, value: Any, *, low: int = 1) -> None:
-    """Raises ValueError unless ``value`` is a whole number of at least ``low``."""
+    """Checks for a whole number of at least ``low``.
+
+    Raises:
+        ValueError: If it is out of range or not whole.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r}: pass a whole number >= {low}")
 
 
 def pair(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a pair of decay rates in [0, 1)."""
+    """Checks for a pair of decay rates in [0, 1).
+
+    Raises:
+        ValueError: If it is not a pair, or out of range.
+    """
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ValueError(f"{name}={value!r}: pass a pair of numbers in [0, 1)")
     for i, beta in enumerate(value):

@@ -95,7 +95,10 @@ class DiagonalNGD(FisherOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["decay"])
 
-    def _preconditioner(self, fisher: Tensor, mean: Tensor, group: dict[str, Any], moment: Moment) -> Tensor:
+    def _preconditioner(
+        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+    ) -> Tensor:
+        state["peak"] = mean = torch.maximum(mean, state["peak"]) if "peak" in state else mean
         tiny = torch.finfo(fisher.dtype).tiny
         return (fisher + mean * group["damping"]).clamp_min_(tiny).mul_(moment.scale).reciprocal_()
 

@@ -92,11 +92,16 @@ class BackpackPass(Pass):
         # Each smooth activation above sends down a factor of each sign, with one column for each of its units.
         paths = [path for path, _ in self._module.named_modules()]
         above = list(self._module.modules())[paths.index(name.rpartition(".")[0]) :]
-        return sum(2 * int(m.output[0].numel()) for m in above if isinstance(m, _SMOOTH))  # type: ignore[operator, index]
+        smooth: list[Any] = [module for module in above if isinstance(module, _SMOOTH)]
+        return sum(2 * int(module.output[0].numel()) for module in smooth)
 
     @cached_property
     def _is_chain(self) -> bool:
-        leaves = [m for m in self._module.modules() if type(m) is not nn.Sequential]
+        # A module that stands twice in the chain counts twice: BackPACK would only see its last call.
+        modules = [m for _, m in self._module.named_modules(remove_duplicate=False)]
+        leaves = [m for m in modules if type(m) is not nn.Sequential]
+        if len(set(leaves)) < len(leaves):
+            return False
         chained = type(self._module) is nn.Sequential or len(leaves) == 1
         return chained and all(_is_known(leaf, _SECOND_ORDER) and not any(leaf.children()) for leaf in leaves)
 
@@ -135,8 +140,12 @@ def _is_known(module: nn.Module, kinds: frozenset[type[nn.Module]]) -> bool:
 
 
 def _extended(shadow: Shadow) -> nn.Module:
+    # Leaves alone, and those that BackPACK knows: it would warn at containers with a forward of their own.
     with _forgotten_handles():
-        return extend(shadow.extended)
+        for module in shadow.extended.modules():
+            if type(module) in _FIRST_ORDER | _SECOND_ORDER:
+                extend(module)
+    return shadow.extended
 
 
 @contextmanager

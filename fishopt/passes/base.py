@@ -36,7 +36,7 @@ class Pass(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - not every engine holds any
         """Lets go of the activations."""
 
     @abstractmethod

@@ -1,0 +1,141 @@
+"""Both passes give the two primitives by definition, alone and together."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fishopt.passes import Shadow, open_pass
+from fishopt.passes.backpack import BackpackPass, covers
+from fishopt.passes.functional import FunctionalPass
+from tests.asserts import assert_close
+from tests.cases import CASES, Case
+from tests.reference import derivatives
+
+CATEGORICAL = [case for case in CASES if case.family == "categorical"]
+HOOKABLE = {"linear", "sigmoid", "relu", "elu", "softplus", "smooth_end", "conv_relu", "conv_sigmoid", "conv_groups",
+            "two_inputs", "batch_norm", "repeated"}
+
+
+def _columns(n, t, k=2):
+    return torch.randn(k, n, t, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("engine", [BackpackPass, FunctionalPass])
+@pytest.mark.parametrize("case", CATEGORICAL, ids=str)
+def test_primitives_by_definition(case, engine):
+    model, inputs, _ = case.build()
+    shadow = Shadow(model)
+    if engine is BackpackPass and not covers(shadow, inputs, shadow.names):
+        assert case.network not in HOOKABLE
+        return
+    d = derivatives(model, inputs)
+    columns = _columns(*d.h.shape)
+    squared = torch.einsum("kna,nap->knp", columns, d.first).square().sum(0)
+    curvature = torch.einsum("na,nap->np", columns[0], d.second)
+    with engine(shadow, inputs, shadow.names) as through:
+        torch.testing.assert_close(through.outputs.reshape(d.h.shape), d.h)
+        assert_close(through.squared_vjp(columns, per_input=True), d.by_name(squared))
+        assert_close(through.squared_vjp(columns), d.by_name(squared.sum(0)))
+        assert_close(through.hessian_diagonal(columns[0], per_input=True), d.by_name(curvature))
+        assert_close(through.hessian_diagonal(columns[0]), d.by_name(curvature.sum(0)))
+
+
+@pytest.mark.parametrize("case", CATEGORICAL, ids=str)
+def test_some_names_only(case):
+    model, inputs, _ = case.build()
+    shadow = Shadow(model)
+    wanted = shadow.names[-1:]
+    d = derivatives(model, inputs)
+    columns = _columns(*d.h.shape)
+    squared = torch.einsum("kna,nap->knp", columns, d.first).square().sum((0, 1))
+    with open_pass(shadow, inputs, wanted) as through:
+        found = through.squared_vjp(columns)
+    assert_close(found, {name: v for name, v in d.by_name(squared).items() if name in wanted})
+
+
+@pytest.mark.parametrize("case", CATEGORICAL, ids=str)
+def test_structure_matches_second_derivatives(case):
+    """What is called structurally zero is zero; affine parameters have a constant Jacobian in themselves."""
+    model, inputs, _ = case.build()
+    structure = Shadow(model).structure(inputs)
+    d = derivatives(model, inputs)
+    flat = d.second.abs().amax((0, 1)) > 1e-12
+    curved = {name for name, part in d.by_name(flat).items() if part.any()}
+    assert not curved & structure.piecewise
+    assert structure.affine <= structure.piecewise
+    moved = (d.first.abs() > 1e-12).any(0).sum(0) > 1
+    crowded = {name for name, part in d.by_name(moved).items() if part.any()}
+    assert not crowded & structure.separable
+
+
+def test_structure_is_found_in_any_forward():
+    expected = {
+        "relu": ({"4.weight", "4.bias"}, 6),
+        "residual": ({"head.weight"}, 4),
+        "sigmoid": ({"4.weight", "4.bias"}, 2),
+        "two_inputs": ({"head.weight", "head.bias", "right.weight", "right.bias"}, 4),
+        "tied": ({"head.weight", "head.bias"}, 2),
+        "smooth_end": (set(), 0),
+    }
+    for network, (affine, piecewise) in expected.items():
+        model, inputs, _ = Case(network, "categorical").build()
+        structure = Shadow(model).structure(inputs)
+        assert affine <= structure.affine, network
+        assert len(structure.piecewise) == piecewise + ("shared.bias" in structure.piecewise), network
+
+
+def test_float32_agrees_with_the_reference():
+    for case in CATEGORICAL:
+        model, inputs, _ = case.build()
+        d = derivatives(model, inputs)
+        columns = _columns(*d.h.shape)
+        squared = torch.einsum("kna,nap->knp", columns, d.first).square().sum((0, 1))
+        model, inputs = model.float(), tuple(x.float() for x in inputs)
+        shadow = Shadow(model)
+        with open_pass(shadow, inputs, shadow.names) as through:
+            found = through.squared_vjp(columns.float())
+        for name, value in d.by_name(squared).items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-4 * float(value.abs().max() + 1e-3))
+
+
+def test_shadow_shares_storage_and_notices_when_it_breaks():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    shadow = Shadow(model)
+    assert shadow.is_current()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert shadow.is_current()
+    assert torch.equal(shadow.module[0].weight, model[0].weight)
+    model[0].weight.data = model[0].weight.data.clone()
+    assert not shadow.is_current()
+    shadow = Shadow(model)
+    model.double()
+    assert not shadow.is_current()
+
+
+def test_shadow_leaves_hooks_behind_and_weight_norm_in_place():
+    seen = []
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)), nn.ReLU(inplace=True)).double()
+    model.register_forward_hook(lambda *args: seen.append(args))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model(x)
+    with torch.no_grad():
+        model[0].weight_g.mul_(3)
+    shadow = Shadow(model)
+    out = shadow.module(x)
+    assert len(seen) == 1
+    torch.testing.assert_close(out, model(x))
+
+
+def test_no_memory_is_held_after_a_pass():
+    model, inputs, _ = Case("sigmoid", "categorical").build()
+    shadow = Shadow(model)
+    with open_pass(shadow, inputs, shadow.names) as through:
+        through.squared_vjp(_columns(3, 3))
+    left = [k for m in shadow.extended.modules() for k in vars(m) if k.startswith(("input", "output"))]
+    assert left == []
+    assert all(p.grad is None for p in shadow.extended.parameters())
