@@ -16,6 +16,10 @@ MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
 
 
+class NonFiniteError(ValueError):
+    """Inputs or outputs are NaN or infinite."""
+
+
 class Chunk(NamedTuple):
     """Some of the inputs, taken through the network: the open pass, their natural parameters, and which they are."""
 
@@ -47,7 +51,7 @@ class Batch:
         self.width = 0
         for x in self.inputs:
             if x.is_floating_point() and not torch.isfinite(x).all():
-                raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+                raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, likelihood: Any) -> Batch:
@@ -64,7 +68,11 @@ class Batch:
 
     @property
     def structure(self) -> Structure:
-        """How the output depends on each parameter."""
+        """How the output depends on each parameter.
+
+        Raises:
+            ValueError: If the model cannot be run on the inputs, or its output is of no use.
+        """
         return self.shadow.structure(self.inputs)
 
     def chunks(self, names: Sequence[str]) -> Iterator[Chunk]:
@@ -93,14 +101,12 @@ class Batch:
         parameters = dict(self.shadow.module.named_parameters())
         return {name: torch.zeros_like(parameters[name]) for name in names}
 
-    def _natural(self, outputs: Any, count: int) -> Tensor:
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"model output is a {type(outputs).__name__}; fishopt needs the natural parameters as one tensor"
-            )
+    def _natural(self, outputs: Tensor, count: int) -> Tensor:
         h = self.likelihood.natural(outputs)
         if len(h) != count:
             raise ValueError(f"model output has {len(h)} rows for {count} inputs; pass one row per input")
+        if not torch.isfinite(h).all():
+            raise NonFiniteError("model output contains NaN or infinite values; look at its parameters and inputs")
         self.width = h.shape[1]
         return h
 
@@ -109,11 +115,14 @@ def checked_model(model: Any) -> nn.Module:
     """The model, if curvature can be computed for it.
 
     Raises:
-        TypeError: If it is not a module, or has sparse or complex parameters.
-        ValueError: If nothing in it is trainable.
+        TypeError: If it is not a module, is compiled by TorchScript, or has sparse or complex parameters.
+        ValueError: If nothing in it is trainable, or it couples inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: pass the torch.nn.Module itself, not its parameters")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, which cannot be copied with shared weights; pass the nn.Module")
+    _check_parts(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("model has no trainable parameter; set requires_grad on what is to be trained")
@@ -126,6 +135,17 @@ def checked_model(model: Any) -> nn.Module:
     return model
 
 
+def _check_parts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model part {path!r} normalises by the batch in eval mode too, which couples inputs; build it with "
+                "track_running_stats=True"
+            )
+        if getattr(module, "sparse", False) is True:
+            raise TypeError(f"model part {path!r} has sparse gradients; build it with sparse=False")
+
+
 def checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
     """The network's positional arguments as a tuple of tensors of the same length.
 
@@ -134,14 +154,56 @@ def checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
         ValueError: If they are empty or differ in length.
     """
     parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    if not parts or not all(isinstance(x, Tensor) for x in parts):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; pass a tensor, or a tuple of tensors, one row per input")
-    lengths = {len(x) if x.ndim else 0 for x in parts}
+    if not parts:
+        raise ValueError(f"inputs={inputs!r} is empty; pass a tensor, or a tuple of tensors, one row per input")
+    for x in parts:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs holds a {type(x).__name__}; pass a tensor, or a tuple of them, one row per input")
+        if x.ndim == 0:
+            raise ValueError("inputs holds a tensor without dimensions; pass one row per input")
+    lengths = sorted({len(x) for x in parts})
     if len(lengths) > 1:
-        raise ValueError(f"inputs have different numbers of rows {sorted(lengths)}; pass one row per input in each")
-    if lengths == {0}:
+        raise ValueError(f"inputs have different numbers of rows {lengths}; pass one row per input in each")
+    if lengths == [0]:
         raise ValueError("inputs is empty; pass at least one input")
-    return parts
+    # Detached: the inputs may be the outputs of something else in training, where no gradient is to go.
+    return tuple(x.detach() for x in parts)
+
+
+def checked_targets(targets: Any, count: int) -> Tensor:
+    """The data's labels, if there is one for each input.
+
+    Raises:
+        TypeError: If they are not a tensor.
+        ValueError: If there are more or fewer.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets is a {type(targets).__name__}; pass a tensor with one label per input")
+    if targets.ndim == 0 or len(targets) != count:
+        raise ValueError(f"targets has shape {tuple(targets.shape)} for {count} inputs; pass one label per input")
+    return targets
+
+
+def checked_samples(samples: Any) -> int:
+    """The number of labels per input.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
+    return samples
+
+
+def checked_generator(generator: Any) -> torch.Generator | None:
+    """The source of randomness, None for torch's own.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
+    return generator
 
 
 def checked_option(name: str, value: Any, known: Sequence[str]) -> str:

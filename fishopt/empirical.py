@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch
+from fishopt.batch import Batch, checked_targets
 from fishopt.passes import Diagonal
 from fishopt.variance import accumulate, fisher_per_input, squared_norm_per_input, weighed
 
@@ -44,8 +44,7 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
     batch = Batch.of(model, inputs, likelihood)
-    if not isinstance(targets, Tensor) or len(targets) != len(batch):
-        raise ValueError(f"targets: pass a tensor with one label for each of the {len(batch)} inputs")
+    checked_targets(targets, len(batch))
     family, n = batch.likelihood, len(batch)
     exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
     for through, h, rows in batch.chunks(batch.names):

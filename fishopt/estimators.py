@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_option
+from fishopt.batch import Batch, checked_generator, checked_option, checked_samples, checked_targets
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
 from fishopt.passes import Diagonal, Structure
@@ -187,13 +187,13 @@ def fisher_diagonal(
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
     checked_option("estimator", estimator, tuple(ESTIMATORS))
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
+    checked_samples(samples)
+    checked_generator(generator)
     if targets is not None and estimator != "empirical":
         raise ValueError(f"targets is for estimator='empirical' alone; estimator={estimator!r} draws labels itself")
     batch = Batch.of(model, inputs, likelihood)
-    if targets is not None and len(targets) != len(batch):
-        raise ValueError(f"targets has {len(targets)} rows for {len(batch)} inputs; pass one label per input")
+    if targets is not None:
+        checked_targets(targets, len(batch))
     draw = Draw(samples, generator, targets)
     found: Diagonal = {}
     for rule, names in by_structure(estimator, batch.names, batch.structure):

@@ -36,6 +36,8 @@ def named_groups(model: nn.Module, groups: Mapping[str, Sequence[str | Tensor]])
         raise TypeError(
             f"groups is a {type(groups).__name__}; pass a dict from group name to parameters or their names"
         )
+    if not groups:
+        raise ValueError("groups is empty; name at least one group, or leave it out for one group per layer")
     names_of = {id(p): name for name, p in unwrapped(model).named_parameters() if p.requires_grad}
     taken: dict[str, str] = {}
     result: Groups = {}
@@ -50,9 +52,9 @@ def named_groups(model: nn.Module, groups: Mapping[str, Sequence[str | Tensor]])
 
 
 def _listed(members: Sequence[str | Tensor] | str | Tensor, group: str) -> list[str | Tensor]:
-    listed: list[str | Tensor] = [members] if isinstance(members, str | Tensor) else list(members)
+    listed: list[str | Tensor] = [members] if isinstance(members, str | Tensor) else list(members or ())
     if not listed:
-        raise ValueError(f"groups[{group!r}] is empty; name at least one parameter")
+        raise ValueError(f"groups[{group!r}]={members!r} is empty; name at least one parameter")
     return listed
 
 
@@ -61,5 +63,5 @@ def _name_of(member: str | Tensor, names_of: dict[int, str], group: str) -> str:
         return member
     if isinstance(member, Tensor) and id(member) in names_of:
         return names_of[id(member)]
-    shown = repr(member) if isinstance(member, str) else f"a tensor of shape {tuple(member.shape)}"
+    shown = f"a tensor of shape {tuple(member.shape)}" if isinstance(member, Tensor) else repr(member)
     raise ValueError(f"groups[{group!r}] holds {shown}, which is not a trainable parameter of the model")

@@ -56,5 +56,5 @@ def _panel(axis: Any, group: str, history: list[dict[str, Any]]) -> None:
     axis.set_title(f"{group}: {last}", fontsize=10)
     zero = any(v == 0 for _, choice in found for v in choice["bounds"].values())
     if zero:
-        axis.annotate("floor of the axis: 0", (0.03, 0.03), xycoords="axes fraction", fontsize=7, color="0.4")
+        axis.annotate("drawn at the bottom: 0", (0.03, 0.11), xycoords="axes fraction", fontsize=7, color="0.4")
     axis.grid(alpha=0.3, linewidth=0.5)

@@ -33,7 +33,8 @@ PAPER = ("I1", "I2")
 """The two estimators that the paper compares."""
 
 MAX_COLUMNS = 64
-"""Above so many outputs, ``|d_i h|^2`` is estimated by as many random signs: a choice needs no more digits."""
+"""Up to so many outputs, bounds are tight and take a column for each. Above, as many random signs estimate
+``|d_i h|^2``, and eigenvalues are bounded, not computed: a choice needs no more digits."""
 
 MAX_HESSIAN_COST = 20_000
 """Backward passes that a choice may spend on second derivatives. What costs more is not chosen."""
@@ -98,7 +99,10 @@ def checked_candidates(candidates: Any) -> tuple[str, ...]:
 
     Raises:
         ValueError: If there are none, or one is unknown or biased.
+        TypeError: If it is not a sequence of names.
     """
+    if not isinstance(candidates, str | tuple | list):
+        raise TypeError(f"candidates={candidates!r}: pass a tuple of estimators, some of {SAMPLED}")
     listed = (candidates,) if isinstance(candidates, str) else tuple(candidates)
     if not listed:
         raise ValueError(f"candidates={candidates!r} is empty; pass some of {SAMPLED}")
@@ -228,15 +232,16 @@ def _first_derivatives(
     for through, h, _ in batch.chunks(names):
         outputs, costs = h.shape[1], {name: through.hessian_cost(name) for name in names}
         fourth = {name: v.square() for name, v in _squared_norm(through, h).items()}
-        accumulate(over_inputs, weighed(fourth, largest_eigenvalue(batch.likelihood, h, tight=False).square()))
+        largest = largest_eigenvalue(batch.likelihood, h, tight=_is_small(h))
+        accumulate(over_inputs, weighed(fourth, largest.square()))
         for name, total in bounds.items():
-            accumulate(total, weighed(fourth, bound_factor(batch.likelihood, h, name, tight=False)))
+            accumulate(total, weighed(fourth, bound_factor(batch.likelihood, h, name, tight=_is_small(h))))
     average = {name: {n: v / len(batch) for n, v in total.items()} for name, total in bounds.items()}
     return outputs, costs, {n: v / len(batch) for n, v in over_inputs.items()}, average
 
 
 def _squared_norm(through: Pass, h: Tensor) -> Diagonal:
-    if h.shape[1] <= MAX_COLUMNS:
+    if _is_small(h):
         return squared_norm_per_input(through, h)
     return through.squared_vjp(_probes(h), per_input=True)
 
@@ -245,10 +250,14 @@ def _curvature_bound(batch: Batch, names: tuple[str, ...]) -> Diagonal:
     """The bound on V2, Eq. 9."""
     total = batch.zeros(names)
     for through, h, _ in batch.chunks(names):
-        columns = unit_columns(h) if h.shape[1] <= MAX_COLUMNS else _probes(h)
-        factor = bound_factor(batch.likelihood, h, "I2", tight=False)
+        columns = unit_columns(h) if _is_small(h) else _probes(h)
+        factor = bound_factor(batch.likelihood, h, "I2", tight=_is_small(h))
         accumulate(total, weighed(curvature_norm_per_input(through, columns), factor))
     return {name: value / len(batch) for name, value in total.items()}
+
+
+def _is_small(h: Tensor) -> bool:
+    return h.shape[1] <= MAX_COLUMNS
 
 
 def _probes(h: Tensor) -> Tensor:

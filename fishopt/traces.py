@@ -90,8 +90,7 @@ def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectru
 def _quartic_trace(through: Pass, likelihood: Likelihood, h: Tensor, side: str) -> Tensor:
     factor = bound_factor(likelihood, h, "I1", side, tight=True)
     norms = squared_norm_per_input(through, h)
-    fourth = weighed({name: value.square() for name, value in norms.items()}, factor)
-    return sum((value.flatten(1).sum(1) for value in fourth.values()), torch.zeros_like(factor))
+    return _total(weighed({name: value.square() for name, value in norms.items()}, factor))
 
 
 def _jacobian_gram(through: Pass, h: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def _curvature_gram(through: Pass, h: Tensor) -> Tensor:
 
 
 def _flat(per_input: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([value.flatten(1) for value in per_input.values()], dim=1)
+    return torch.cat([value.reshape(len(value), -1) for value in per_input.values()], dim=1)
 
 
 def _total(per_input: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_option
+from fishopt.batch import Batch, checked_option, checked_samples
 from fishopt.likelihoods import Interval, Likelihood, unit_columns
 from fishopt.passes import Diagonal, Pass
 
@@ -75,7 +75,7 @@ def _fourth_powers(through: Pass, columns: Tensor, weights: Tensor) -> Diagonal:
     )
 
 
-# --- averages over the batch ----------------------------------------------------------------------------------------
+# --- averages over the batch ---
 
 
 def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
@@ -237,8 +237,7 @@ def joint_variance(
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
     checked_option("estimator", estimator, SAMPLED)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
+    checked_samples(samples)
     batch = Batch.of(model, inputs, likelihood)
     n = len(batch)
     label = {name: v / (n * samples) for name, v in mean_label_variance(batch, estimator).items()}
@@ -261,7 +260,7 @@ def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, T
     return {name: value / count for name, value in spread.items()}
 
 
-# --- small arithmetic on diagonals ----------------------------------------------------------------------------------
+# --- small arithmetic on diagonals ---
 
 
 def accumulate(total: Diagonal, per_input: Diagonal) -> None:

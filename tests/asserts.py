@@ -42,7 +42,9 @@ def assert_unbiased(scores: Tensor) -> None:
     runs = len(scores)
     means = scores.mean(0) * math.sqrt(runs)
     # Bonferroni over all entries, at a level of 1e-6 in total.
-    limit = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 5e-7 / means.numel(), dtype=torch.float64)))
+    limit = float(
+        torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 5e-7 / means.numel(), dtype=torch.float64))
+    )
     assert means.abs().max() < limit, f"bias: |z| = {means.abs().max():.2f} over {means.numel()} entries"
     spread = scores.square().mean()
     assert 0.8 < spread < 1.25, f"spread: mean square of z is {spread:.3f}"

@@ -71,7 +71,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "elu": lambda t: nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Linear(3, t, bias=False)),
     "softplus": lambda t: nn.Sequential(nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, t)),
     "smooth_end": lambda t: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, t), nn.Tanh()),
-    "conv_relu": lambda t: _image(nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, t)),
+    "conv_relu": lambda t: _image(
+        nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, t)
+    ),
     "conv_sigmoid": lambda t: nn.Sequential(
         nn.Conv2d(1, 2, 2, stride=2, bias=False), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, t)
     ),
@@ -118,7 +120,12 @@ class Case:
         return model, inputs, LIKELIHOODS[self.family]()
 
 
-CASES = [Case(network, "categorical") for network in NETWORKS] + [
-    Case(network, family) for network in ("sigmoid", "relu", "conv_relu", "softplus", "two_inputs") for family in
-    ("bernoulli", "gaussian", "poisson")
-] + [Case("sigmoid", family, outputs=1) for family in ("bernoulli", "gaussian", "poisson")]
+CASES = (
+    [Case(network, "categorical") for network in NETWORKS]
+    + [
+        Case(network, family)
+        for network in ("sigmoid", "relu", "conv_relu", "softplus", "two_inputs")
+        for family in ("bernoulli", "gaussian", "poisson")
+    ]
+    + [Case("sigmoid", family, outputs=1) for family in ("bernoulli", "gaussian", "poisson")]
+)

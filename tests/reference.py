@@ -25,7 +25,10 @@ class Derivatives:
         """Splits the last axis by parameter."""
         shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
         parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=-1)
-        return {name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape((*flat.shape[:-1], *shape))
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
     def columns(self, names: tuple[str, ...]) -> Tensor:
         """Which entries of the last axis belong to ``names``."""
@@ -42,10 +45,10 @@ def derivatives(model: nn.Module, inputs: tuple[Tensor, ...]) -> Derivatives:
 
     def output(theta: Tensor, *x: Tensor) -> Tensor:
         parts = theta.split([p.numel() for p in trained.values()])
-        values = {name: part.reshape(p.shape) for (name, p), part in zip(trained.items(), parts)}
+        values = {name: part.reshape(p.shape) for (name, p), part in zip(trained.items(), parts, strict=False)}
         return functional_call(model, values, tuple(v[None] for v in x)).reshape(-1)
 
-    rows = list(zip(*inputs))
+    rows = list(zip(*inputs, strict=False))
     h = torch.stack([output(flat, *x) for x in rows])
     first = torch.stack([jacrev(output)(flat, *x) for x in rows])
     second = torch.stack([hessian(output)(flat, *x).diagonal(dim1=-2, dim2=-1) for x in rows])
@@ -81,7 +84,7 @@ def labels(family: str, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(statistic: Tensor, log_weights: Tensor, keep: float) -> tuple[Tensor, Tensor]:
     """Joint labels of independent outputs, all combinations that weigh more than ``keep`` for some input."""
-    count, n, t = statistic.shape
+    count, _n, t = statistic.shape
     likely = [k for k in range(count) if float(log_weights[k].max()) > math.log(keep)]
     index = torch.tensor(list(itertools.product(likely, repeat=t)))
     joint = torch.stack([statistic[index[:, a], :, a] for a in range(t)], dim=-1)
@@ -109,12 +112,12 @@ def moments(d: Derivatives, family: str) -> Moments:
     covariance = torch.einsum("kn,kna,knb->nab", weights, z, z)
     fisher = torch.einsum("nap,nab,nbp->np", d.first, covariance, d.first)
     mean_i1 = mean_i2 = v1 = v2 = torch.zeros_like(fisher)
-    for zk, wk in zip(z, weights):
+    for zk, wk in zip(z, weights, strict=False):
         i1 = torch.einsum("nap,na->np", d.first, zk).square()
         i2 = fisher + torch.einsum("nap,na->np", d.second, zk)
         mean_i1 = mean_i1 + wk[:, None] * i1
         mean_i2 = mean_i2 + wk[:, None] * i2
-    for zk, wk in zip(z, weights):
+    for zk, wk in zip(z, weights, strict=False):
         i1 = torch.einsum("nap,na->np", d.first, zk).square()
         i2 = fisher + torch.einsum("nap,na->np", d.second, zk)
         v1 = v1 + wk[:, None] * (i1 - mean_i1).square()
@@ -122,10 +125,14 @@ def moments(d: Derivatives, family: str) -> Moments:
     return Moments(eta, covariance, fisher, mean_i1, v1, mean_i2, v2)
 
 
-def hutchinson_variance(d: Derivatives, m: Moments) -> Tensor:
-    """The variance of ``(eps^T S^T d_i h)^2`` over all sign vectors, S the symmetric root: not the package's factor."""
-    values, vectors = torch.linalg.eigh(m.covariance)
-    root = vectors @ torch.diag_embed(values.clamp_min(0).sqrt()) @ vectors.mT
+def hutchinson_variance(d: Derivatives, m: Moments, family: str) -> Tensor:
+    """The variance of ``(eps^T S^T d_i h)^2`` over all sign vectors; it depends on which factor S is taken."""
+    if family == "categorical":
+        sigma = d.h.softmax(-1)
+        root = torch.diag_embed(sigma.sqrt()) - sigma[:, :, None] * sigma.sqrt()[:, None, :]
+    else:
+        root = torch.diag_embed(m.covariance.diagonal(dim1=1, dim2=2).sqrt())
+    torch.testing.assert_close(root @ root.mT, m.covariance)
     t = d.h.shape[1]
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=t)), dtype=d.h.dtype)
     q = torch.einsum("nap,nab,kb->knp", d.first, root, signs).square()

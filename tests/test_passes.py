@@ -14,8 +14,20 @@ from tests.cases import CASES, Case
 from tests.reference import derivatives
 
 CATEGORICAL = [case for case in CASES if case.family == "categorical"]
-HOOKABLE = {"linear", "sigmoid", "relu", "elu", "softplus", "smooth_end", "conv_relu", "conv_sigmoid", "conv_groups",
-            "two_inputs", "batch_norm", "repeated"}
+HOOKABLE = {
+    "linear",
+    "sigmoid",
+    "relu",
+    "elu",
+    "softplus",
+    "smooth_end",
+    "conv_relu",
+    "conv_sigmoid",
+    "conv_groups",
+    "two_inputs",
+    "batch_norm",
+    "repeated",
+}
 
 
 def _columns(n, t, k=2):
@@ -97,7 +109,9 @@ def test_float32_agrees_with_the_reference():
         with open_pass(shadow, inputs, shadow.names) as through:
             found = through.squared_vjp(columns.float())
         for name, value in d.by_name(squared).items():
-            torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-4 * float(value.abs().max() + 1e-3))
+            torch.testing.assert_close(
+                found[name].double(), value, rtol=1e-4, atol=1e-4 * float(value.abs().max() + 1e-3)
+            )
 
 
 def test_shadow_shares_storage_and_notices_when_it_breaks():

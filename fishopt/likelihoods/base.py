@@ -57,7 +57,7 @@ class Likelihood(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
-    # --- what a family defines -------------------------------------------------------------------------------------
+    # --- what a family defines ---
 
     @abstractmethod
     def nll(self, h: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Likelihood(ABC):
         """
         return y
 
-    # --- what follows from it --------------------------------------------------------------------------------------
+    # --- what follows from it ---
 
     def natural(self, outputs: Tensor) -> Tensor:
         """The network's output as natural parameters ``[N, T]``; further output dimensions are flattened.

@@ -43,15 +43,21 @@ class Categorical(Likelihood):
         u = uniform((samples, h.shape[0]), h, generator) * cdf[:, -1]
         return torch.searchsorted(cdf, u.T.contiguous(), right=True).clamp_max(h.shape[1] - 1).T
 
+    def residual(self, h: Tensor, y: Tensor) -> Tensor:
+        p = h.softmax(-1)
+        if y.is_floating_point():
+            return p - y.to(h.dtype)
+        return torch.where(functional.one_hot(y.long(), h.shape[1]).bool(), -_others(p, p), p)
+
     def covariance_diagonal(self, h: Tensor) -> Tensor:
         p = h.softmax(-1)
-        return p * (1 - p)
+        return p * _others(p, p)
 
     def apply_factor(self, h: Tensor, v: Tensor) -> Tensor:
         # S = Diag(sqrt p) - p sqrt(p)^T, so that S S^T = Diag(p) - p p^T.
         p = h.softmax(-1)
-        root = p.sqrt()
-        return root * v - p * (root * v).sum(-1, keepdim=True)
+        scaled = p.sqrt() * v
+        return scaled * _others(p, p) - p * _others(scaled, p)
 
     def covariance_spectrum(self, h: Tensor) -> Interval:
         # Adding a constant to the logits changes nothing, so (1, ..., 1) is always in the kernel.
@@ -60,8 +66,7 @@ class Categorical(Likelihood):
 
     def covariance_bound(self, h: Tensor) -> Tensor:
         """m(x) = min(p_max, 1 - |p|^2), Theorem 5.2."""
-        p = h.softmax(-1)
-        return torch.minimum(p.amax(-1), 1 - p.square().sum(-1))
+        return torch.minimum(h.softmax(-1).amax(-1), self.covariance_diagonal(h).sum(-1))
 
     def radius(self, h: Tensor) -> Tensor:
         """B = max_y |e_y - p|^2 = 1 - 2 p_min + |p|^2 [ours]."""
@@ -71,13 +76,13 @@ class Categorical(Likelihood):
     def quartic(self, h: Tensor) -> Quartic:
         # E_y[(u^T (e_y - p))^4] - (u^T I u)^2, the label enumerated.
         p = h.softmax(-1)
-        return Quartic(-1.0, p.T, unit_columns(h) - p)
+        return Quartic(-1.0, p.T, torch.where(unit_columns(h).bool(), _others(p, p), -p))
 
     def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
         """Theorem 5.2: ``2 m(x)``. With ``tight``: ``B m(x)`` [ours], and the exact value for two classes."""
         if tight and h.shape[1] == 2:
-            pq = h.softmax(-1).prod(-1)
-            upper = 4 * pq * (1 - 4 * pq)
+            p = h.softmax(-1)
+            upper = 4 * p.prod(-1) * (p[:, 0] - p[:, 1]).square()
         else:
             upper = (self.radius(h) if tight else 2.0) * self.covariance_bound(h)
         return Interval(torch.zeros_like(upper), upper)
@@ -90,8 +95,8 @@ class Categorical(Likelihood):
                     f"targets has shape {tuple(y.shape)} and type {y.dtype}; pass class indices [{n}] as integers, "
                     f"or class probabilities [{n}, {classes}]"
                 )
-            if not torch.isfinite(y).all() or (y < 0).any():
-                raise ValueError("targets holds class probabilities that are negative or not finite; pass valid ones")
+            if not ((y >= 0).all() and torch.allclose(y.sum(-1), torch.ones_like(y[:, 0]), atol=1e-4)):
+                raise ValueError("targets holds class probabilities that are negative or do not sum to 1")
             return y
         if y.shape != (n,):
             raise ValueError(f"targets has shape {tuple(y.shape)}; pass one class index per input, shape ({n},)")
@@ -99,6 +104,17 @@ class Categorical(Likelihood):
             wrong = y[(y < 0) | (y >= classes)][0].item()
             raise ValueError(f"targets contains {wrong}, outside the classes 0..{classes - 1} of the model's output")
         return y
+
+
+def _others(values: Tensor, p: Tensor) -> Tensor:
+    """For each class the sum of the other classes' ``values``: of p itself that is 1 - p.
+
+    Not by subtraction for the likeliest class: it is what a certain prediction leaves of it that the Fisher information
+    is made of, and ``1 - p`` has no digits there.
+    """
+    top = p.argmax(-1, keepdim=True).expand(*values.shape[:-1], 1)
+    rest = values.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    return (rest + values.gather(-1, top) - values).scatter(-1, top, rest)
 
 
 class Bernoulli(Independent):
@@ -143,7 +159,10 @@ class Gaussian(Independent):
 
     def __init__(self, variance: float | str = 1.0) -> None:
         valid = variance == "estimated" or (
-            isinstance(variance, int | float) and math.isfinite(variance) and variance > 0
+            isinstance(variance, int | float)
+            and not isinstance(variance, bool)
+            and math.isfinite(variance)
+            and variance > 0
         )
         if not valid:
             raise ValueError(f"variance={variance!r}: pass a positive number or 'estimated'")

@@ -56,6 +56,8 @@ class Independent(Likelihood):
                 f"targets has shape {tuple(y.shape)}, which does not fit {h.shape[0]} inputs x {h.shape[1]} outputs; "
                 "pass one label per output"
             )
+        if y.is_complex():
+            raise ValueError(f"targets has type {y.dtype}; {self} takes real labels")
         if not torch.isfinite(y.to(h.dtype)).all():
             raise ValueError("targets contains NaN or infinite values; remove these inputs first")
         return y.reshape(h.shape)

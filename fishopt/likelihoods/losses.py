@@ -31,7 +31,8 @@ def from_loss(loss: nn.Module) -> Likelihood:
     Args:
         loss: ``nn.CrossEntropyLoss`` (Categorical), ``nn.BCEWithLogitsLoss`` (Bernoulli), ``nn.PoissonNLLLoss`` with
             ``log_input=True`` (Poisson), or ``nn.MSELoss``: the Gaussian whose mean NLL has the loss's gradient, of
-            variance D/2 over D outputs for ``reduction="mean"`` and 1/2 for ``"sum"``.
+            variance D/2 over D outputs for ``reduction="mean"`` and 1/2 for ``"sum"``. ``reduction="none"`` is
+            taken as a mean that the user writes.
 
     Raises:
         ValueError: If no likelihood stands behind the loss.
@@ -88,6 +89,11 @@ def _kind(loss: nn.Module) -> type[nn.Module]:
 
 def _from_cross_entropy(loss: Any) -> Likelihood:
     _refuse_weights(loss, "weight")
+    if loss.ignore_index >= 0:
+        raise ValueError(
+            f"CrossEntropyLoss(ignore_index={loss.ignore_index}) leaves out inputs of a real class; drop these inputs "
+            "from the batch, or pass Categorical() to count them"
+        )
     likelihood = Categorical()
     likelihood.reduction = "sum" if loss.reduction == "sum" else "batchmean"
     return likelihood

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Moment, Params, Work
+from fishopt.optim.base import FisherOptimizer, Moment, Work
+from fishopt.optim.units import Params
 
 
 class FisherAdam(FisherOptimizer):
@@ -51,8 +52,8 @@ class FisherAdam(FisherOptimizer):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.9),
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         damping: float = 1.0,
         clip: float = 1.0,

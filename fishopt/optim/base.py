@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from fishopt.batch import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
-from fishopt.groups import Groups, by_layer
+from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim import checks
 from fishopt.optim.checkpoint import Identity, refuse_another
 from fishopt.optim.curvature import Curvature, Estimate
 from fishopt.optim.recorder import Record, Recorder
+from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import unwrapped
 from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
 
 EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | None
 
 
 class Moment(NamedTuple):
@@ -62,11 +61,11 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         generator: torch.Generator | None,
     ) -> None:
         family, estimates_noise = _training_likelihood(likelihood)
-        self._name_of = {p: name for name, p in unwrapped(checked_model(model)).named_parameters()}
+        self._name_of: dict[Tensor, str] = {p: name for name, p in unwrapped(checked_model(model)).named_parameters()}
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
         checks.whole("refresh_inputs", refresh_inputs)
-        listed, self._layerwise = self._listed(params)
+        listed, self._layerwise = parameter_groups(params, [p for p in self._name_of if p.requires_grad])
         super().__init__(listed, defaults)
         source = checks.generator(generator, self.param_groups[0]["params"][0].device)
         self._curvature = Curvature(
@@ -87,7 +86,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
         weakref.finalize(self, model.register_forward_hook(self._recorder, with_kwargs=True).remove)
 
-    # --- what an update rule defines -------------------------------------------------------------------------------
+    # --- what an update rule defines ---
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -115,7 +114,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     def _update(self, work: list[Work]) -> None:
         """Moves the parameters; each one's state holds its ``"preconditioner"``."""
 
-    # --- torch.optim's interface -----------------------------------------------------------------------------------
+    # --- torch.optim's interface ---
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,16 +172,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: If a parameter is not the model's, or an option is out of range.
         """
-        group = dict(param_group)
-        listed = group.get("params", ())
-        listed = [listed] if isinstance(listed, Tensor) else list(listed)
-        group["params"] = [p[1] if isinstance(p, tuple) else p for p in listed]
-        for p in group["params"]:
-            if isinstance(p, Tensor) and p not in self._name_of:
-                raise ValueError(
-                    f"params holds a tensor of shape {tuple(p.shape)} that is not a parameter of model; pass the "
-                    "model's own parameters"
-                )
+        group = {**param_group, "params": members(param_group, self._name_of)}
         checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
         self._check_group({**self.defaults, **group})
         super().add_param_group(group)
@@ -220,18 +210,18 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
-        units, wanted = self._units()
+        groups, wanted = self._units()
         parameters = {name: p for p, name in self._name_of.items()}
         rows = []
-        for unit, names in units.items():
-            members = [parameters[name] for name in names]
+        for unit, names in groups.items():
+            held = [parameters[name] for name in names]
             rows.append(
                 Row.of(
                     unit,
                     wanted[unit],
                     self._curvature.choices.get(unit),
-                    parameters=sum(p.numel() for p in members),
-                    refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in members),
+                    parameters=sum(p.numel() for p in held),
+                    refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in held),
                 )
             )
         return Report(
@@ -244,7 +234,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             history=list(self._curvature.history),
         )
 
-    # --- refreshing ------------------------------------------------------------------------------------------------
+    # --- refreshing ---
 
     def _is_due(self) -> bool:
         if self._is_fresh:
@@ -269,29 +259,29 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         return record
 
     def _refresh(self, record: Record) -> None:
-        units, wanted = self._units()
-        estimate = self._curvature.refresh(units, wanted, record, self._steps)
+        groups, wanted = self._units()
+        estimate = self._curvature.refresh(groups, wanted, record, self._steps)
         if estimate is None:
             return
-        self._average(units, estimate)
+        self._average(groups, estimate)
         parameters = {name: p for p, name in self._name_of.items()}
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for names in units.values():
-            members = [parameters[name] for name in names]
+        for names in groups.values():
+            held = [parameters[name] for name in names]
             # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
             fishers = [
                 (self.state[p]["fisher"] / (1 - self._decay(group_of[p]) ** self.state[p]["refreshes"])).clamp_min_(0)
-                for p in members
+                for p in held
             ]
-            mean = sum(f.sum() for f in fishers) / sum(p.numel() for p in members)
-            for p, fisher in zip(members, fishers, strict=True):
+            mean = sum(f.sum() for f in fishers) / sum(p.numel() for p in held)
+            for p, fisher in zip(held, fishers, strict=True):
                 state = self.state[p]
                 state["preconditioner"] = self._preconditioner(fisher, mean, group_of[p], state, self._moment)
 
-    def _average(self, units: Groups, estimate: Estimate) -> None:
+    def _average(self, groups: Groups, estimate: Estimate) -> None:
         """Takes the estimate into the moving averages."""
         group_of = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
-        for name in (name for names in units.values() for name in names):
+        for name in (name for names in groups.values() for name in names):
             p, group = group_of[name]
             state = self.state[p]
             if "fisher" not in state:
@@ -319,35 +309,10 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
                         f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
                     )
 
-    # --- groups ----------------------------------------------------------------------------------------------------
-
-    def _listed(self, params: Params) -> tuple[list[dict[str, Any]], bool]:
-        """The parameter groups, and whether layers are the units of choice: unless the user passes groups.
-
-        Raises:
-            ValueError: If ``params`` is empty.
-        """
-        if params is None:
-            return [{"params": [p for p in self._name_of if p.requires_grad]}], True
-        listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
-        if not listed:
-            raise ValueError("params is empty; pass some of the model's parameters, or leave it out")
-        if isinstance(listed[0], dict):
-            return [dict(group) for group in listed], False
-        return [{"params": listed}], True
+    # --- groups ---
 
     def _units(self) -> tuple[Groups, dict[str, str]]:
-        """The units of choice, layers or the user's groups, and the estimator asked for in each."""
-        units: Groups = {}
-        wanted: dict[str, str] = {}
-        for i, group in enumerate(self.param_groups):
-            names = [self._name_of[p] for p in group["params"] if p.requires_grad]
-            own = (
-                by_layer(names) if self._layerwise and i == 0 else {str(group.get("name", f"group {i}")): tuple(names)}
-            )
-            units.update({unit: members for unit, members in own.items() if members})
-            wanted.update(dict.fromkeys(own, group["estimator"]))
-        return units, wanted
+        return units(self.param_groups, self._name_of, layerwise=self._layerwise)
 
     def _wants_gradient(self) -> bool:
         return self._curvature.estimates_noise or any(g["estimator"] == "empirical" for g in self.param_groups)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishopt.batch import checked_generator
+
 
 def number(
     name: str, value: Any, *, low: float = 0.0, above: bool = False, high: float = math.inf, infinite: bool = False
@@ -58,13 +60,8 @@ def pair(name: str, value: Any) -> None:
 
 
 def generator(value: Any, device: torch.device) -> torch.Generator:
-    """The user's generator, or one of our own, which leaves torch's global stream of random numbers as it is.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """The user's generator, or one of our own, which leaves torch's global stream of random numbers as it is."""
+    value = checked_generator(value)
     if value is None:
         return torch.Generator(device).manual_seed(torch.initial_seed())
-    if not isinstance(value, torch.Generator):
-        raise TypeError(f"generator={value!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
     return value

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_inputs
+from fishopt.batch import Batch, NonFiniteError, checked_inputs
 from fishopt.estimators import Draw, Estimator, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
@@ -99,6 +99,8 @@ class Curvature:
         start = time.perf_counter()
         try:
             found = self._estimate(units, wanted, record, step)
+        except NonFiniteError:
+            found = None
         finally:
             self.seconds += time.perf_counter() - start
         self._count(failed=found is None)
@@ -111,7 +113,7 @@ class Curvature:
     def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
         inputs = checked_inputs(record.inputs)
         residuals = self._residuals(record, len(inputs[0]))
-        if not _all_finite([*inputs, *([] if residuals is None else [residuals])]):
+        if residuals is not None and not _all_finite([residuals]):
             return None
         if self._shadow is None or not self._shadow.is_current():
             self._shadow = Shadow(self._model)

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.adam import averaged
-from fishopt.optim.base import FisherOptimizer, Moment, Params, Work
+from fishopt.optim.base import FisherOptimizer, Moment, Work
+from fishopt.optim.units import Params
 
 
 class DiagonalNGD(FisherOptimizer):
-    r"""Natural gradient: ``m / (F + damping * mean F)``, no longer than a predicted KL divergence allows.
+    r"""Natural gradient: ``m / (F + damping * peak mean F)``, no longer than a predicted KL divergence allows.
 
     A step ``d`` changes the model's predictions by ``KL = d^T F d / 2`` per input, to second order. The whole step is
     scaled down to keep that, with the damped F, at most ``kl_radius``; ``lr`` is the step without that limit.
+
+    The damping is relative to the peak, over training, of the layer's mean Fisher diagonal: in classification F goes to
+    zero as the predictions become certain, and steps by an ever smaller F would grow without bound.
 
     Args:
         model: The network, whose output is the natural parameters of the likelihood.
@@ -28,7 +32,7 @@ class DiagonalNGD(FisherOptimizer):
         lr: Learning rate.
         momentum: Decay rate, per step, of the moving average of the gradient.
         decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
-        damping: Damping relative to the layer's own mean Fisher diagonal.
+        damping: Damping relative to the peak of the layer's own mean Fisher diagonal.
         kl_radius: The largest predicted KL divergence of a step (nats per input).
         weight_decay: Decoupled weight decay, as in AdamW.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
@@ -50,11 +54,11 @@ class DiagonalNGD(FisherOptimizer):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 3e-3,
         momentum: float = 0.9,
-        decay: float = 0.9,
+        decay: float = 0.95,
         damping: float = 1.0,
-        kl_radius: float = 1e-3,
+        kl_radius: float = 3e-6,
         weight_decay: float = 0.0,
         estimator: str = "auto",
         criterion: str = "efficiency",

@@ -17,5 +17,9 @@ __all__ = ["Diagonal", "Pass", "Shadow", "Structure", "open_pass", "unwrapped"]
 
 def open_pass(shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> Pass:
     """Takes ``inputs`` forward, by BackPACK where it is right for all of ``names`` and by torch.func elsewhere."""
-    kind = BackpackPass if covers(shadow, inputs, names) else FunctionalPass
-    return kind(shadow, inputs, names)
+    if shadow.takes_hooks and covers(shadow, inputs, names):
+        try:
+            return BackpackPass(shadow, inputs, names)
+        except RuntimeError:  # an operation in place, right after a module with a backward hook
+            shadow.takes_hooks = False
+    return FunctionalPass(shadow, inputs, names)

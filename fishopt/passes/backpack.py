@@ -77,9 +77,15 @@ class BackpackPass(Pass):
         return total
 
     def hessian_diagonal(self, cotangent: Tensor, *, per_input: bool = False) -> Diagonal:
-        if not self._is_chain:
-            functional = FunctionalPass(self._shadow, self._inputs, self.names)
-            return functional.hessian_diagonal(cotangent, per_input=per_input)
+        if self._is_chain:
+            try:
+                return self._hessian_diagonal(cotangent, per_input=per_input)
+            except (RuntimeError, AssertionError):
+                pass  # it refuses some memory layouts and options of its modules, on meeting them
+        functional = FunctionalPass(self._shadow, self._inputs, self.names)
+        return functional.hessian_diagonal(cotangent, per_input=per_input)
+
+    def _hessian_diagonal(self, cotangent: Tensor, *, per_input: bool) -> Diagonal:
         extension = BatchDiagHessian() if per_input else DiagHessian()
         extension.set_module_extension(_InnerProduct, _NoCurvature())
         with torch.enable_grad(), _forgotten_handles():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from fishopt.passes.base import Diagonal, Pass
 from fishopt.passes.shadow import Shadow
@@ -38,10 +38,12 @@ class FunctionalPass(Pass):
             self.outputs = self._module(*inputs).detach()
 
     def squared_vjp(self, columns: Tensor, *, per_input: bool = False) -> Diagonal:
-        gradients = vmap(grad(self._inner_product), in_dims=(None, 0, *self._axes))
         total = {name: p.new_zeros((len(self.outputs), *p.shape)) for name, p in self._wanted.items()}
         for column in columns:
-            for name, g in gradients(self._wanted, column, *self._inputs).items():
+            gradients = _over_inputs(
+                lambda c, *x: grad(self._inner_product)(self._wanted, c, *x), column, *self._inputs
+            )
+            for name, g in gradients.items():
                 total[name] += g.detach().square()
         return total if per_input else {name: q.sum(0) for name, q in total.items()}
 
@@ -53,10 +55,6 @@ class FunctionalPass(Pass):
         # One product with the Hessian, itself about two backward passes, for every entry.
         return 2 * self._wanted[name].numel()
 
-    @property
-    def _axes(self) -> tuple[int, ...]:
-        return (0,) * len(self._inputs)
-
     def _inner_product(self, parameters: Parameters, c: Tensor, *x: Tensor) -> Tensor:
         """``<c, h(x)>`` for one input."""
         row = tuple(value.unsqueeze(0) for value in x)
@@ -67,25 +65,40 @@ class FunctionalPass(Pass):
         parameter = self._wanted[name]
         size = parameter.numel()
         rows = max(1, MAX_ELEMENTS // (size * max(len(cotangent), 1)))
-        entries = vmap(self._entries(name), in_dims=(None, 0, *self._axes))
         parts = []
         for chosen in torch.arange(size, device=parameter.device).split(rows):
             units = torch.nn.functional.one_hot(chosen, size).to(parameter.dtype).reshape(-1, *parameter.shape)
-            parts.append(entries(units, cotangent, *self._inputs).detach())
+            parts.append(_over_inputs(self._entries(name, units), cotangent, *self._inputs).detach())
         return torch.cat(parts, dim=1).reshape(-1, *parameter.shape)
 
-    def _entries(self, name: str) -> Callable[..., Tensor]:
-        """Diagonal entries of one input's Hessian, for the unit vectors in the first argument."""
+    def _entries(self, name: str, units: Tensor) -> Callable[..., Tensor]:
+        """Diagonal entries of one input's Hessian, for some unit vectors."""
 
-        def of_one_input(units: Tensor, c: Tensor, *x: Any) -> Tensor:
+        def of_one_input(c: Tensor, *x: Any) -> Tensor:
             def inner_product(p: Tensor) -> Tensor:
                 return self._inner_product({**self._wanted, name: p}, c, *x)
 
-            def product(unit: Tensor) -> Tensor:
-                # Forward over reverse: torch has fewer gaps there than in reverse over reverse under vmap.
-                row = jvp(grad(inner_product), (self._wanted[name],), (unit,))[1]
-                return (row * unit).sum()
+            def forward_over_reverse(unit: Tensor) -> Tensor:
+                return (jvp(grad(inner_product), (self._wanted[name],), (unit,))[1] * unit).sum()
 
-            return vmap(product)(units)
+            def reverse_over_reverse(unit: Tensor) -> Tensor:
+                pull_back: Callable[[Tensor], tuple[Tensor]] = vjp(grad(inner_product), self._wanted[name])[1]
+                return (pull_back(unit)[0] * unit).sum()
+
+            try:
+                return vmap(forward_over_reverse)(units)
+            except NotImplementedError:  # an operation without a forward-mode rule
+                return torch.stack([reverse_over_reverse(unit) for unit in units])
 
         return of_one_input
+
+
+def _over_inputs(function: Callable[..., Any], *batched: Tensor) -> Any:
+    """``function`` for each row, by vmap, or in a loop where an operation has no batching rule."""
+    try:
+        return vmap(function)(*batched)
+    except RuntimeError:  # torch raises NotImplementedError, a subclass, or whatever shape error comes first
+        found = [function(*row) for row in zip(*batched, strict=True)]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found)
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}

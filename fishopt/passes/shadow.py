@@ -20,6 +20,10 @@ from fishopt.passes.structure import Structure, analyse
 class Shadow:
     """A copy of a module tree whose parameters and buffers share storage with the original.
 
+    Attributes:
+        module: The copy.
+        takes_hooks: Cleared once a forward with backward hooks on the modules has failed.
+
     Args:
         model: The user's network; wrappers by `torch.compile` and data parallelism are looked through.
     """
@@ -27,6 +31,7 @@ class Shadow:
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrapped(model)
         self._structure: Structure | None = None
+        self.takes_hooks = True
         self.module = _shadow_of(self._model)
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 # Operations through which the output is linear in each differentiable operand, or multilinear in several.
 _LINEAR = {
@@ -57,36 +58,69 @@ def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) 
     """Runs ``module`` forward once on ``inputs`` and reads its autograd graph.
 
     Args:
-        module: A shadow network: its ``requires_grad`` flags are set here, and cleared again.
+        module: A shadow network.
         inputs: Its arguments, for one or a few inputs.
         names: The parameters to look at.
+
+    Raises:
+        ValueError: If the module cannot be run, its output is not a real tensor with one row per input, the output
+            depends on none of the parameters, or on parameters that are not reached through modules.
     """
-    parameters = dict(module.named_parameters())
+    own = dict(module.named_parameters())
+    # Fresh leaves: what else needs a gradient in the graph is reached past the module tree, by a list or a closure.
+    leaves = {name: p.detach().requires_grad_() for name, p in own.items()}
     calls: dict[nn.Module, list[bool]] = defaultdict(list)
     handles = [m.register_forward_hook(_recorder(calls, inputs)) for m in module.modules() if any(m._parameters)]
+    owner_of = {name: _owner(module, name) for name in names}
     try:
-        for name in names:
-            parameters[name].requires_grad_(True)
+        module.requires_grad_(True)
         with torch.enable_grad():
-            outputs = module(*inputs)
-        graph = _Graph(outputs, {id(parameters[name]): 1 << i for i, name in enumerate(names)})
+            outputs = functional_call(module, leaves, inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs if isinstance(x, Tensor))
+        raise ValueError(f"model could not be run on (the first of the) inputs, {shapes}: {error}") from error
     finally:
+        module.requires_grad_(False)
         for handle in handles:
             handle.remove()
-        for name in names:
-            parameters[name].requires_grad_(False)
-    owners = {id(p): m for m in module.modules() for p in m._parameters.values() if p is not None}
+    _check_outputs(outputs)
+    bits = {id(leaf): 0 for leaf in leaves.values()}
+    bits.update((id(leaves[name]), 1 << i) for i, name in enumerate(names))
+    graph = _Graph(outputs, bits)
+    if graph.has_strangers:
+        raise ValueError(
+            "model reaches parameters past its modules (in a plain list, a closure, or a replaced forward), where a "
+            "copy cannot follow; register them as attributes of the module that uses them"
+        )
 
     def where(mask: int) -> frozenset[str]:
         return frozenset(name for i, name in enumerate(names) if mask >> i & 1)
 
+    if not graph.reached:
+        raise ValueError("model output does not depend on any trainable parameter; look for a detach() in forward")
     return Structure(
         names=names,
         affine=where(~(graph.curved | graph.kinked)),
         piecewise=where(~graph.curved),
         separable=where(graph.separable),
-        hookable=frozenset(name for name in where(graph.used_once) if calls[owners[id(parameters[name])]] == [True]),
+        hookable=frozenset(name for name in where(graph.used_once) if calls[owner_of[name]] == [True]),
     )
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _check_outputs(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"model output is a {type(outputs).__name__}; fishopt needs the natural parameters as one tensor"
+        )
+    if outputs.ndim == 0 or not outputs.is_floating_point():
+        raise ValueError(
+            f"model output has shape {tuple(outputs.shape)} and type {outputs.dtype}; fishopt needs real natural "
+            "parameters, one row per input"
+        )
 
 
 def _recorder(calls: dict[nn.Module, list[bool]], inputs: tuple[Any, ...]) -> Any:
@@ -104,13 +138,15 @@ class _Graph:
     """The autograd graph below ``outputs``; sets of parameters are bit masks."""
 
     def __init__(self, outputs: Tensor, bits: dict[int, int]) -> None:
-        self.curved = self.kinked = self.separable = 0
+        self.curved = self.kinked = self.separable = self.reached = 0
+        self.has_strangers = False
         self._bits = bits
         self._below: dict[Any, int] = {}
         self._uses: dict[int, int] = defaultdict(int)
         if outputs.grad_fn is not None:
             for node in _children_first(outputs.grad_fn):
                 self._visit(node)
+            self.reached = self._below[outputs.grad_fn]
             self.separable = self._separable(outputs)
         self.used_once = sum(bit for bit in bits.values() if self._uses[bit] == 1)
 
@@ -134,7 +170,10 @@ class _Graph:
         self._below[node] = everything | self._bit(node)
 
     def _bit(self, node: Any) -> int:
-        return self._bits.get(id(node.variable), 0) if node is not None and hasattr(node, "variable") else 0
+        if node is None or not hasattr(node, "variable"):
+            return 0
+        self.has_strangers = self.has_strangers or id(node.variable) not in self._bits
+        return self._bits.get(id(node.variable), 0)
 
     def _separable(self, outputs: Tensor) -> int:
         """Weight and bias of a linear layer that is the output itself, one row per input."""
