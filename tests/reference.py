@@ -94,7 +94,7 @@ def _product(statistic: Tensor, log_weights: Tensor, keep: float) -> tuple[Tenso
 
 @dataclass
 class Moments:
-    """Exact moments of both estimators per input, ``[N, P]``, and those of the statistic: eta ``[N, T]``, I ``[N, T, T]``."""
+    """Exact moments per input: of the statistic, eta ``[N, T]`` and I ``[N, T, T]``, and of both estimators ``[N, P]``."""
 
     eta: Tensor
     covariance: Tensor

@@ -232,7 +232,7 @@ def test_inputs_that_are_not_recorded_name_refresh(kind):
     model = Keyword()
     optimizer = kind(model, CE)
     CE(model(x=X), Y).backward()
-    with pytest.raises(ValueError, match="keyword.*refresh"):
+    with pytest.raises(ValueError, match=r"keyword.*refresh"):
         optimizer.step()
     optimizer.refresh(X)
     optimizer.step()

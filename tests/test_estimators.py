@@ -99,7 +99,7 @@ def test_unbiased_with_the_variance_in_closed_form(case, name):
 
 @pytest.mark.parametrize("name", ["I1", "hutchinson"])
 def test_the_z_test_catches_a_factor_of_1_05(name):
-    """Label variance per run is large against 5% of the value, so it takes many labels: the test must be able to fail."""
+    """5% of the value is little against one label's deviation, so it takes many labels to see."""
     scores = _scores(MONTE_CARLO[0], name, scale=1.05, samples=400, runs=100)
     with pytest.raises(AssertionError, match="bias"):
         assert_unbiased(scores)
