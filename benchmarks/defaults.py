@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import platform
 import time
@@ -28,8 +29,8 @@ import fishopt
 
 METHODS: dict[str, Callable[[nn.Module, nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model, loss: torch.optim.AdamW(model.parameters(), fused=True),
-    "FisherAdam": lambda model, loss: fishopt.FisherAdam(model, loss),
-    "DiagonalNGD": lambda model, loss: fishopt.DiagonalNGD(model, loss),
+    "FisherAdam": fishopt.FisherAdam,
+    "DiagonalNGD": fishopt.DiagonalNGD,
 }
 
 
@@ -112,7 +113,7 @@ def run(problem: Problem, method: str, seed: int, data_dir: Path | None) -> Resu
     x, y, x_test, y_test = load(problem, seed, data_dir)
     torch.manual_seed(seed)
     sizes = (x.shape[1], *problem.widths, problem.classes or 1)
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), problem.activation())]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), problem.activation())]
     model = nn.Sequential(*layers[:-1])
     loss_fn: nn.Module = nn.CrossEntropyLoss() if problem.classes else nn.MSELoss()
     optimizer = METHODS[method](model, loss_fn)

@@ -94,7 +94,7 @@ def _product(statistic: Tensor, log_weights: Tensor, keep: float) -> tuple[Tenso
 
 @dataclass
 class Moments:
-    """Exact moments per input: of the statistic, eta ``[N, T]`` and I ``[N, T, T]``, and of both estimators ``[N, P]``."""
+    """Exact moments per input: the statistic's, eta ``[N, T]`` and I ``[N, T, T]``, both estimators' ``[N, P]``."""
 
     eta: Tensor
     covariance: Tensor

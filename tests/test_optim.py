@@ -298,6 +298,50 @@ def test_float64_and_scalar_and_shared_parameters(kind):
         assert sum(losses[-20:]) < sum(losses[:20]), network
 
 
+@both
+@pytest.mark.parametrize("family", ["mse", "ce"])
+def test_a_grad_scaler_changes_nothing_but_rounding(kind, family):
+    """The recorded gradient at the output is scaled as well: the residuals' variance must not be."""
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        model, x, y = _problem(act=nn.Tanh)
+        model, x = model.double(), x.double()
+        y = nn.functional.one_hot(y, 3).double() if family == "mse" else y
+        loss_fn = _loss_of(family)
+        optimizer = kind(model, loss_fn)
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = loss_fn(model(x), y)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        ends.append(_weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
+
+
+@both
+def test_a_grad_scaler_skips_overflows_and_hides_its_scale(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    model[0].weight.grad[0, 0] = math.inf
+    before = _weights(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(before, _weights(model))
+    optimizer = kind(model, nn.MSELoss())
+    scaler.scale(nn.functional.mse_loss(model(x), x[:, :3])).backward()
+    model[0].weight.grad[0, 0] = 0.0
+    scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"unscale_.*Gaussian"):
+        scaler.step(optimizer)
+
+
 # --- resuming ---
 
 

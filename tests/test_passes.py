@@ -153,3 +153,81 @@ def test_no_memory_is_held_after_a_pass():
     left = [k for m in shadow.extended.modules() for k in vars(m) if k.startswith(("input", "output"))]
     assert left == []
     assert all(p.grad is None for p in shadow.extended.parameters())
+
+
+class InPlace(nn.Module):
+    """The block of a residual network as torchvision writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x
+        return self.head(torch.relu_(out).flatten(1))
+
+
+class Recurrent(nn.Module):
+    """No batching rule, and no forward mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.flatten(2).mT)[0][:, -1]
+
+
+REFUSED = {
+    "in_place": InPlace,
+    "channels_last": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(2, 3)
+    ).to(memory_format=torch.channels_last),
+    "pooling_option": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 2, padding=1), nn.Sigmoid(), nn.AvgPool2d(2, padding=1, count_include_pad=False), nn.Flatten(),
+        nn.Linear(8, 3),
+    ),
+    "recurrent": Recurrent,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_an_engine_refuses_goes_another_way(name):
+    """Squares of gradients and second derivatives, each entry by autograd on one input at a time."""
+    torch.manual_seed(0)
+    model = REFUSED[name]().double()
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    if name == "recurrent":
+        x = torch.randn(2, 2, 3, dtype=torch.float64)
+    if name == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    shadow = Shadow(model)
+    c = _columns(2, 3, 1)
+    with open_pass(shadow, (x,), shadow.names) as through:
+        squared, curvature = through.squared_vjp(c), through.hessian_diagonal(c[0])
+    parameters = dict(model.named_parameters())
+    for name_, p in parameters.items():
+        expected = torch.zeros_like(p)
+        second = torch.zeros_like(p)
+        for n in range(2):
+            scalar = (model(x[n : n + 1]).flatten() * c[0, n]).sum()
+            (g,) = torch.autograd.grad(scalar, p, create_graph=True)
+            expected += g.detach().square()
+            for i in range(p.numel()):
+                if g.requires_grad:
+                    (row,) = torch.autograd.grad(g.flatten()[i], p, retain_graph=True, allow_unused=True)
+                    second.view(-1)[i] += 0 if row is None else row.flatten()[i]
+        torch.testing.assert_close(squared[name_], expected)
+        torch.testing.assert_close(curvature[name_], second)
+
+
+def test_networks_that_cannot_take_hooks_are_remembered():
+    torch.manual_seed(0)
+    shadow = Shadow(InPlace())
+    x = torch.randn(2, 1, 2, 2)
+    assert covers(shadow, (x,), shadow.names)
+    with open_pass(shadow, (x,), shadow.names) as through:
+        assert isinstance(through, FunctionalPass)
+    assert not shadow.takes_hooks

@@ -16,6 +16,7 @@ from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim import checks
+from fishopt.optim.amp import unscale
 from fishopt.optim.checkpoint import Identity, refuse_another
 from fishopt.optim.curvature import Curvature, Estimate
 from fishopt.optim.recorder import Record, Recorder
@@ -47,6 +48,8 @@ class Work(NamedTuple):
 
 class FisherOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
+
+    _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
 
     def __init__(
         self,
@@ -134,6 +137,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
+        if not unscale(self, self._recorder.last):
+            return loss
         if self._is_due():
             self._refresh(self._last_record())
         self._is_fresh = False
