@@ -85,10 +85,10 @@ def test_the_scale_of_the_loss_does_not_matter(kind):
 
 def _minibatch_squared(self, units, wanted, record, step):
     """B times the square of the mini-batch gradient: with it, F/B is what Adam averages."""
-    from fishopt.optim.curvature import Estimate
+    from fishopt.optim.curvature import Estimate, Moment
 
     names = dict(self._model.named_parameters())
-    return Estimate({n: 16.0 * p.grad.square() for n, p in names.items()}, 16, 1.0, 1.0)
+    return Estimate({n: 16.0 * p.grad.square() for n, p in names.items()}, Moment(16, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("maximize", [False, True])

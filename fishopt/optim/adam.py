@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Moment, Work
+from fishopt.optim.base import FisherOptimizer, Work
+from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
 

@@ -18,7 +18,7 @@ from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import unscale
 from fishopt.optim.checkpoint import Identity, refuse_another
-from fishopt.optim.curvature import Curvature, Estimate
+from fishopt.optim.curvature import Curvature, Estimate, Moment
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import unwrapped
@@ -27,14 +27,6 @@ from fishopt.selection import CRITERIA
 
 EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
-
-
-class Moment(NamedTuple):
-    """The scales that a preconditioner needs beside the Fisher diagonal; see `Estimate`."""
-
-    batch_size: int
-    scale: float
-    dispersion: float
 
 
 class Work(NamedTuple):
@@ -294,10 +286,10 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             state["fisher"].lerp_(estimate.diagonal[name], 1 - self._decay(group))
             state["refreshes"] += 1
         decay = self._decay(self.param_groups[0])
-        for key, value in (("average", estimate.dispersion), ("weight", 1.0)):
+        for key, value in (("average", estimate.moment.dispersion), ("weight", 1.0)):
             self._dispersion[key] = decay * self._dispersion[key] + (1 - decay) * value
         dispersion = self._dispersion["average"] / self._dispersion["weight"]
-        self._moment = Moment(estimate.batch_size, estimate.scale, dispersion)
+        self._moment = estimate.moment._replace(dispersion=dispersion)
 
     def _work(self, group: dict[str, Any]) -> Work:
         params = [p for p in group["params"] if p.grad is not None and "preconditioner" in self.state[p]]

@@ -32,20 +32,25 @@ CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson
 """What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
 
 
-class Estimate(NamedTuple):
-    """One refresh.
+class Moment(NamedTuple):
+    """What makes a Fisher diagonal the second moment of the loss's gradient.
 
     Attributes:
-        diagonal: ``(1/N_x) sum_n I(theta_i | x_n)``, estimated.
         batch_size: Inputs in the training batch.
         scale: The loss's gradient as a multiple of that of the mean NLL.
-        dispersion: The labels' variance over the one that ``diagonal`` assumes; 1 unless it is estimated.
+        dispersion: The labels' variance over the one that the likelihood assumes; 1 unless it is estimated.
     """
 
-    diagonal: Diagonal
     batch_size: int
     scale: float
     dispersion: float
+
+
+class Estimate(NamedTuple):
+    """One refresh: an estimate of ``(1/N_x) sum_n I(theta_i | x_n)``, and the batch's `Moment`."""
+
+    diagonal: Diagonal
+    moment: Moment
 
 
 class Curvature:
@@ -133,7 +138,7 @@ class Curvature:
         if not _all_finite(list(diagonal.values())):
             return None
         scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
-        return Estimate(diagonal, len(inputs[0]), scale, self._dispersion(residuals))
+        return Estimate(diagonal, Moment(len(inputs[0]), scale, self._dispersion(residuals)))
 
     def _residuals(self, record: Record, count: int) -> Tensor | None:
         """Eta - t(y) at the data's labels, ``[N, T]``: the gradient that backward sent to the model's output."""

@@ -48,9 +48,8 @@ class Recorder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Records, if this is a training forward."""
-        if not self.active or not torch.is_grad_enabled():
-            return
-        if isinstance(output, Tensor) and not output.requires_grad:
+        trains = output.requires_grad if isinstance(output, Tensor) else torch.is_grad_enabled()
+        if not self.active or not trains:
             return
         self.last = Record(args, has_keywords=bool(kwargs))
         if self.wants_gradient and isinstance(output, Tensor):
