@@ -89,7 +89,7 @@ class Batch:
             return
         parameters = dict(self.shadow.module.named_parameters())
         size = sum(parameters[name].numel() for name in names)
-        step = max(1, MAX_ELEMENTS // size)
+        step = max(1, MAX_ELEMENTS // max(size, 1))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
             part = tuple(x[rows] for x in self.inputs)

@@ -48,7 +48,8 @@ class Choice:
         group: The group's name.
         estimator: The winner's name.
         scores: Candidate -> score, the smaller the better: the mean over the group's parameters of the variance or
-            bound, for ``"efficiency"`` times its cost. Where a candidate loses by its cost alone, a lower bound.
+            bound, for ``"efficiency"`` times its cost. Where a candidate loses by its cost alone, a lower bound, or
+            infinity.
         reason: In words and numbers.
         bounds: Candidate -> mean bound on its label variance, where it was computed.
     """
@@ -80,6 +81,7 @@ def select_estimators(
             (Lemma 3.1); ``"efficiency"``, the bound on the whole variance (Lemma 4.8 and Theorem 4.1) times the
             number of backward passes, since an estimate that costs as many passes less can use more inputs.
         candidates: Estimators to choose from: ``"I1"``, ``"I2"``, ``"hutchinson"``, ``"exact"``. Ties go to the first.
+            I2 is passed over, by any criterion, where its second derivatives would take over 20,000 backward passes.
 
     Returns:
         One `Choice` for each group, in the order of the groups.
@@ -270,4 +272,4 @@ def _probes(h: Tensor) -> Tensor:
 def _mean(diagonal: Diagonal, names: Sequence[str], size_of: Diagonal | None = None) -> float:
     """The mean over the entries of a group; parameters that the diagonal lacks count as zeros."""
     size = sum((size_of or diagonal)[name].numel() for name in names)
-    return float(sum(diagonal[name].sum() for name in names if name in diagonal)) / size
+    return float(sum(diagonal[name].sum() for name in names if name in diagonal)) / max(size, 1)

@@ -219,23 +219,33 @@ def test_step_before_any_forward_names_refresh(kind):
     optimizer.step()
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, factor=None):
+        return self.layer(x) if factor is None else factor * self.layer(x)
+
+
 @pytest.mark.parametrize("kind", BOTH)
-def test_inputs_that_are_not_recorded_name_refresh(kind):
-    class Keyword(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.layer(x)
-
-    model = Keyword()
+def test_arguments_that_are_not_tensors_name_refresh(kind):
+    model = Scaled()
     optimizer = kind(model, CE)
     CE(model(x=X), Y).backward()
-    with pytest.raises(ValueError, match=r"keyword.*refresh"):
+    optimizer.step()
+    CE(model(X, factor=2.0), Y).backward()
+    with pytest.raises(ValueError, match=r"not tensors \(float\).*refresh"):
         optimizer.step()
     optimizer.refresh(X)
     optimizer.step()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_optimizers_are_not_copied_but_their_state_is(kind):
+    optimizer = _trained(kind, copy.deepcopy(MODEL))
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
 
 
 @pytest.mark.parametrize("kind", BOTH)

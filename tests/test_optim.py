@@ -119,26 +119,15 @@ def test_fisher_adam_with_squared_gradients_is_adam(monkeypatch, maximize):
 def test_ngd_with_infinite_damping_is_gradient_descent():
     model, x, y = _problem()
     before = _weights(model)
+    # One layer in effect: a parameter's damping is relative to its own layer's mean.
+    params = [{"params": model[0].parameters()}]
     optimizer = fishopt.DiagonalNGD(
-        model, nn.CrossEntropyLoss(), params=[{"params": list(model.parameters())}], damping=1e12, momentum=0.0
+        model, nn.CrossEntropyLoss(), params=params, damping=1e12, momentum=0.0, kl_radius=1e30, lr=1e10
     )
     _train(model, optimizer, x, y, steps=1)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    step = _weights(model) - before
-    optimizer2 = fishopt.DiagonalNGD(
-        model,
-        nn.CrossEntropyLoss(),
-        damping=1e12,
-        momentum=0.0,
-        kl_radius=1e30,
-        lr=1e10,
-        params=[{"params": list(model.parameters())}],
-    )
-    before = _weights(model)
-    _train(model, optimizer2, x, y, steps=1)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    step = _weights(model) - before
-    assert torch.nn.functional.cosine_similarity(step, -gradient, dim=0) > 1 - 1e-6
+    gradient[-27:] = 0.0  # the second layer is not trained
+    assert nn.functional.cosine_similarity(_weights(model) - before, -gradient, dim=0) > 1 - 1e-6
 
 
 def test_ngd_keeps_the_predicted_divergence():
@@ -342,6 +331,82 @@ def test_a_grad_scaler_skips_overflows_and_hides_its_scale(kind):
         scaler.step(optimizer)
 
 
+@both
+def test_groups_of_weights_and_biases_train_as_one_group_does(kind):
+    """Damping is relative to a layer, whatever the groups; only the choice of an estimator goes by group."""
+    ends = []
+    for split in (False, True):
+        model, x, y = _problem(act=nn.Sigmoid)
+        weights, biases = ([p for p in model.parameters() if p.ndim == d] for d in (2, 1))
+        params = [{"params": weights}, {"params": biases, "weight_decay": 0.01}] if split else None
+        optimizer = kind(model, nn.CrossEntropyLoss(), params=params, estimator="exact", weight_decay=0.01)
+        _train(model, optimizer, x, y)
+        ends.append(_weights(model))
+    torch.testing.assert_close(*ends)
+
+
+@both
+def test_groups_of_the_same_name_are_all_trained(kind):
+    model, x, y = _problem()
+    params = [{"params": layer.parameters(), "name": "a"} for layer in (model[0], model[2])]
+    optimizer = kind(model, nn.CrossEntropyLoss(), params=params)
+    before = [p.detach().clone() for p in model.parameters()]
+    _train(model, optimizer, x, y, steps=3)
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert [row.group for row in optimizer.report().rows] == ["a", "a (1)"]
+
+
+@both
+def test_frozen_parameters_with_gradients_do_not_force_refreshes(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    _train(model, optimizer, x, y, steps=1)
+    model[0].requires_grad_(False)
+    for _ in range(39):
+        nn.functional.cross_entropy(model(x), y).backward()
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+    assert optimizer.report().rows[-1].refreshes == 13
+    model.requires_grad_(False)
+    optimizer.step()
+
+
+@both
+def test_residuals_are_those_of_the_last_backward(kind):
+    """Squared loss: a forward without a backward, or inputs by keyword, do not hide the variance."""
+    model, x, _ = _problem()
+    y = x[:, :3]
+    optimizer = kind(model, nn.MSELoss())
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(input=x), y).backward()
+    model(x[:5])
+    optimizer.step()
+    expected = float((model(x) - y).detach().square().mean()) * 2 / 3
+    assert math.isclose(optimizer._moment.dispersion, expected, rel_tol=0.05)
+
+
+@both
+def test_settings_of_the_model_that_change_in_training_are_followed(kind):
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.temperature = 1.0
+
+        def forward(self, x):
+            return self.layer(x) / self.temperature
+
+    torch.manual_seed(0)
+    model, x = Tempered(), torch.randn(8, 6)
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
+    optimizer.refresh(x)
+    model.temperature = 0.5
+    record = type("R", (), {"inputs": (x,), "gradient": None})()
+    found = optimizer._curvature.refresh(*optimizer._units(), record, 0).diagonal
+    expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    torch.testing.assert_close(found["layer.weight"], expected["layer.weight"])
+
+
 # --- resuming ---
 
 
@@ -458,6 +523,7 @@ def test_evaluation_between_steps_is_not_recorded(kind):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             if evaluate:
+                model(torch.full((3, 6), 1e6))  # with gradients on, too: no backward follows
                 with torch.no_grad():
                     model(torch.full((3, 6), 1e6))
             optimizer.step()
@@ -492,9 +558,9 @@ def test_a_failed_refresh_is_survived_counted_and_warned_of_once(kind):
     bad = torch.full((4, 6), float("nan"))
     for attempt in range(3):
         optimizer.zero_grad()
-        model(bad)
+        model(bad).sum().backward()
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad.zero_()
         if attempt:
             optimizer.step()
         else:
@@ -513,9 +579,9 @@ def test_refresh_after_refresh_failing_stops_training(kind):
     optimizer = kind(model, nn.CrossEntropyLoss())
 
     def attempt():
-        model(torch.full((4, 6), float("inf")))
+        model(torch.full((4, 6), float("inf"))).sum().backward()
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad.zero_()
         optimizer.step()
 
     with pytest.warns(RuntimeWarning):

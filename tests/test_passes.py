@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fishopt
 from fishopt.passes import Shadow, open_pass
 from fishopt.passes.backpack import BackpackPass, covers
 from fishopt.passes.functional import FunctionalPass
@@ -231,3 +232,81 @@ def test_networks_that_cannot_take_hooks_are_remembered():
     with open_pass(shadow, (x,), shadow.names) as through:
         assert isinstance(through, FunctionalPass)
     assert not shadow.takes_hooks
+
+
+class Siamese(nn.Module):
+    """A module fed two of everything at once: its first dimension is not the inputs'."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+
+    def forward(self, x):
+        a, b = self.encoder(torch.stack([x, x.flip(1)])).unbind()
+        return a * b
+
+
+class Broadcast(nn.Module):
+    """A last layer whose one bias moves every output."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.bias = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Mul(torch.autograd.Function):
+    """Cubes; named as torch names its own, linear, multiplication."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Cubed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return Mul.apply(self.layer(x))
+
+
+@pytest.mark.parametrize("inputs", [2, 3, 5])
+@pytest.mark.parametrize("build", [Siamese, Broadcast])
+def test_structures_that_only_look_simple(build, inputs):
+    torch.manual_seed(0)
+    model = build().double()
+    x = torch.randn(inputs, 4, dtype=torch.float64)
+    d = derivatives(model, (x,))
+    sigma = d.h.softmax(-1)
+    covariance = torch.diag_embed(sigma) - sigma[:, :, None] * sigma[:, None, :]
+    expected = torch.einsum("nap,nab,nbp->p", d.first, covariance, d.first) / inputs
+    found = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    assert_close(found, d.by_name(expected))
+
+
+def test_a_users_own_function_is_not_taken_for_torchs():
+    structure = Shadow(Cubed()).structure((torch.randn(2, 4),))
+    assert not structure.piecewise
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_reparametrised_weights(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    found = fishopt.fisher_diagonal(model, x, "gaussian", estimator="exact")
+    for name, p in model.named_parameters():
+        rows = [torch.autograd.grad(h, p, retain_graph=True)[0] for h in model(x).flatten()]
+        torch.testing.assert_close(found[name], sum(row.square() for row in rows) / 3)

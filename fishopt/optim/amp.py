@@ -13,10 +13,6 @@ def unscale(optimizer: torch.optim.Optimizer, record: Record | None) -> bool:
 
     Returns:
         Whether to go on: False if a gradient overflowed, and the step is to be skipped.
-
-    Raises:
-        ValueError: If the gradient at the output is needed and the user has unscaled the others already: then the scale
-            is not handed over.
     """
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is None:  # no GradScaler
@@ -24,15 +20,13 @@ def unscale(optimizer: torch.optim.Optimizer, record: Record | None) -> bool:
     if found_inf.item():
         return False
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        if record is not None and record.gradient is not None:
-            raise ValueError(
-                "scaler.unscale_(optimizer) hides the scale of the residuals from the optimizer; pass "
-                "likelihood=fishopt.Gaussian(variance=<number>), or leave unscale_ out"
-            )
+    if scale is None:  # the user has called unscale_, and the scale is not handed over
+        if record is not None:
+            record.gradient = None
         return True
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_(grads, scale.item())
     if record is not None and record.gradient is not None:
-        record.gradient = record.gradient / scale
+        # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
+        record.gradient = record.gradient.to(torch.promote_types(record.gradient.dtype, torch.float32)) / scale
     return True

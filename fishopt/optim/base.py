@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fishopt.batch import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
-from fishopt.groups import Groups
+from fishopt.groups import Groups, by_layer
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import unscale
 from fishopt.optim.checkpoint import Identity, refuse_another
-from fishopt.optim.curvature import Curvature, Estimate, Moment
+from fishopt.optim.curvature import Curvature, Moment
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import unwrapped
@@ -56,7 +56,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         generator: torch.Generator | None,
     ) -> None:
         family, estimates_noise = _training_likelihood(likelihood)
-        self._name_of: dict[Tensor, str] = {p: name for name, p in unwrapped(checked_model(model)).named_parameters()}
+        self._model = unwrapped(checked_model(model))
+        self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
         checks.whole("refresh_inputs", refresh_inputs)
@@ -75,7 +76,6 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._steps = 0
         self._is_fresh = False
         self._moment = Moment(1, 1.0, 1.0)
-        self._dispersion = {"average": 0.0, "weight": 0.0}
         self._seconds = 0.0
         self._started: float | None = None
         self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
@@ -119,11 +119,10 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             closure: Evaluates the model and returns the loss, as with torch.optim.
 
         Raises:
-            ValueError: If a refresh is due and the model was not called yet, or was called with keyword arguments.
+            ValueError: If a refresh is due and the model was not called yet, or not with tensors alone.
             RuntimeError: If a gradient is sparse, or refresh after refresh comes out NaN or infinite.
         """
-        if self._started is None:
-            self._started = time.perf_counter() - self._seconds
+        started = self._start_clock()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,15 +136,15 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         work = [self._work(group) for group in self.param_groups]
         self._update([item for item in work if item.params])
         self._steps += 1
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = time.perf_counter() - started
         return loss
 
     @torch.no_grad()
     def refresh(self, *inputs: Tensor) -> None:
         """Refreshes the curvature now, from these inputs; the next `step` then does not.
 
-        Needed only where the recorded inputs will not do: a model called with keyword arguments, or called on
-        something else than the training batch just before `step`.
+        Needed only where the recorded inputs will not do: the arguments of the model's call that the last backward
+        went through.
 
         Args:
             *inputs: The model's positional arguments, tensors with one row per input.
@@ -156,12 +155,11 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """
         if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in inputs):
             raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+        started = self._start_clock()
         recorded = self._recorder.last
-        record = Record(inputs)
-        if recorded is not None and inputs and recorded.rows() == record.rows():
-            record.gradient = recorded.gradient
-        self._refresh(record)
-        self._is_fresh = True
+        record = recorded if recorded is not None and recorded.is_of(inputs) else Record(inputs)
+        self._is_fresh = self._refresh(record)
+        self._seconds = time.perf_counter() - started
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of the model's parameters, with its own hyperparameters and estimator if it names them.
@@ -169,6 +167,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: If a parameter is not the model's, or an option is out of range.
         """
+        self._name_of = {p: name for name, p in self._model.named_parameters()}
         group = {**param_group, "params": members(param_group, self._name_of)}
         checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
         self._check_group({**self.defaults, **group})
@@ -184,7 +183,6 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             "steps": self._steps,
             "is_fresh": self._is_fresh,
             "moment": list(self._moment),
-            "dispersion": dict(self._dispersion),
             "seconds": self._seconds,
             "curvature": self._curvature.state_dict(),
         }
@@ -201,14 +199,14 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._steps = own["steps"]
         self._is_fresh = own["is_fresh"]
         self._moment = Moment(*own["moment"])
-        self._dispersion = dict(own["dispersion"])
         self._seconds, self._started = own["seconds"], None
         self._curvature.load_state_dict(own["curvature"])
+        self._recorder.wants_gradient = self._wants_gradient()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
         groups, wanted = self._units()
-        parameters = {name: p for p, name in self._name_of.items()}
+        parameters = dict(self._model.named_parameters())
         rows = []
         for unit, names in groups.items():
             held = [parameters[name] for name in names]
@@ -231,14 +229,22 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             history=list(self._curvature.history),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(f"a {type(self).__name__} belongs to its model; use state_dict(), do not copy or pickle it")
+
     # --- refreshing ---
+
+    def _start_clock(self) -> float:
+        if self._started is None:
+            self._started = time.perf_counter() - self._seconds
+        return self._started
 
     def _is_due(self) -> bool:
         if self._is_fresh:
             return False
         if self._steps < EVERY_STEP_UNTIL or self._steps % self._refresh_every == 0:
             return True
-        trained = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        trained = (p for group in self.param_groups for p in group["params"] if p.requires_grad and p.grad is not None)
         return any("preconditioner" not in self.state[p] for p in trained)
 
     def _last_record(self) -> Record:
@@ -246,50 +252,45 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         if record is None:
             raise ValueError(
                 "step() came before any forward of model with gradients on; call model(inputs) first, or "
-                "optimizer.refresh(inputs)"
+                "optimizer.refresh(inputs) (as for a model that torch.compile has compiled before)"
             )
-        if record.has_keywords:
+        strange = [type(x).__name__ for x in record.inputs if not isinstance(x, Tensor)]
+        if strange:
             raise ValueError(
-                "model was called with keyword arguments, which are not recorded; call optimizer.refresh(*inputs) with "
-                "its positional arguments before step()"
+                f"model was called with arguments that are not tensors ({', '.join(strange)}), which are not recorded; "
+                "call optimizer.refresh(*inputs) with tensors alone before step()"
             )
         return record
 
-    def _refresh(self, record: Record) -> None:
+    def _refresh(self, record: Record) -> bool:
+        """Takes a new estimate into the averages and preconditioners; False if it came out NaN or infinite."""
         groups, wanted = self._units()
+        if not groups:
+            return True
         estimate = self._curvature.refresh(groups, wanted, record, self._steps)
         if estimate is None:
-            return
-        self._average(groups, estimate)
-        parameters = {name: p for p, name in self._name_of.items()}
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for names in groups.values():
-            held = [parameters[name] for name in names]
-            # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
-            fishers = [
-                (self.state[p]["fisher"] / (1 - self._decay(group_of[p]) ** self.state[p]["refreshes"])).clamp_min_(0)
-                for p in held
-            ]
-            mean = sum(f.sum() for f in fishers) / sum(p.numel() for p in held)
-            for p, fisher in zip(held, fishers, strict=True):
+            return False
+        self._moment = estimate.moment
+        options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
+        # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
+        for names in by_layer(estimate.diagonal).values():
+            fishers = [self._average(*options[name], estimate.diagonal[name]) for name in names]
+            mean = torch.stack([f.sum() for f in fishers]).sum() / max(sum(f.numel() for f in fishers), 1)
+            for name, fisher in zip(names, fishers, strict=True):
+                p, group = options[name]
                 state = self.state[p]
-                state["preconditioner"] = self._preconditioner(fisher, mean, group_of[p], state, self._moment)
+                state["preconditioner"] = self._preconditioner(fisher, mean, group, state, self._moment)
+        return True
 
-    def _average(self, groups: Groups, estimate: Estimate) -> None:
-        """Takes the estimate into the moving averages."""
-        group_of = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
-        for name in (name for names in groups.values() for name in names):
-            p, group = group_of[name]
-            state = self.state[p]
-            if "fisher" not in state:
-                state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(p), fisher=torch.zeros_like(p))
-            state["fisher"].lerp_(estimate.diagonal[name], 1 - self._decay(group))
-            state["refreshes"] += 1
-        decay = self._decay(self.param_groups[0])
-        for key, value in (("average", estimate.moment.dispersion), ("weight", 1.0)):
-            self._dispersion[key] = decay * self._dispersion[key] + (1 - decay) * value
-        dispersion = self._dispersion["average"] / self._dispersion["weight"]
-        self._moment = estimate.moment._replace(dispersion=dispersion)
+    def _average(self, p: Tensor, group: dict[str, Any], new: Tensor) -> Tensor:
+        """Takes an estimate into a parameter's moving average; returns that, corrected for its start at zero."""
+        state = self.state[p]
+        if "fisher" not in state:
+            state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(p), fisher=torch.zeros_like(p))
+        state["fisher"].lerp_(new, 1 - self._decay(group))
+        state["refreshes"] += 1
+        # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
+        return (state["fisher"] / (1 - self._decay(group) ** state["refreshes"])).clamp_min_(0)
 
     def _work(self, group: dict[str, Any]) -> Work:
         params = [p for p in group["params"] if p.grad is not None and "preconditioner" in self.state[p]]

@@ -25,6 +25,9 @@ SELECTION_INPUTS = 16
 FIRST_INTERVAL = 32
 """Steps from the first selection to the second; the interval doubles each time, as training slows down."""
 
+NOISE_DECAY = 0.9
+"""Decay rate, per refresh, of the moving average of the residuals' variance."""
+
 MAX_FAILURES = 10
 """Refreshes in a row that may come out NaN or infinite before training is stopped."""
 
@@ -38,7 +41,7 @@ class Moment(NamedTuple):
     Attributes:
         batch_size: Inputs in the training batch.
         scale: The loss's gradient as a multiple of that of the mean NLL.
-        dispersion: The labels' variance over the one that the likelihood assumes; 1 unless it is estimated.
+        dispersion: The labels' variance over the one that the likelihood assumes, averaged; 1 unless it is estimated.
     """
 
     batch_size: int
@@ -78,7 +81,7 @@ class Curvature:
         self.criterion = criterion
         self.estimates_noise = estimates_noise
         self.seconds = 0.0
-        self.refreshes = self.failures = self.failures_in_a_row = 0
+        self.failures = self.failures_in_a_row = 0
         self.choices: dict[str, Choice] = {}
         self.history: list[dict[str, Any]] = []
         self._likelihood = likelihood
@@ -87,6 +90,7 @@ class Curvature:
         self._generator = generator
         self._shadow: Shadow | None = None
         self._next_selection = 0
+        self._noise = self._noise_weight = 0.0
 
     def refresh(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
         """A new estimate for every parameter of ``units``, or None if it came out NaN or infinite.
@@ -116,7 +120,7 @@ class Curvature:
         return self.choices[unit].estimator if wanted[unit] == "auto" else wanted[unit]
 
     def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
-        inputs = checked_inputs(record.inputs)
+        inputs = checked_inputs(tuple(map(self._in_full_precision, record.inputs)))
         residuals = self._residuals(record, len(inputs[0]))
         if residuals is not None and not _all_finite([residuals]):
             return None
@@ -140,18 +144,39 @@ class Curvature:
         scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
         return Estimate(diagonal, Moment(len(inputs[0]), scale, self._dispersion(residuals)))
 
+    def _in_full_precision(self, x: Any) -> Any:
+        """Inputs that came in half precision, under autocast, in the parameters' own."""
+        dtype = next(self._model.parameters()).dtype
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in {torch.float16, torch.bfloat16} else x
+
     def _residuals(self, record: Record, count: int) -> Tensor | None:
-        """Eta - t(y) at the data's labels, ``[N, T]``: the gradient that backward sent to the model's output."""
+        """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output."""
         if record.gradient is None:
             return None
-        c = record.gradient.reshape(count, -1)
+        c = record.gradient.reshape(count, -1).to(next(self._model.parameters()).dtype)
         return c * (count / self._likelihood.gradient_scale(*c.shape))
 
     def _dispersion(self, residuals: Tensor | None) -> float:
-        """Phi = mean of c^T I(h)^-1 c / T, for a Gaussian the variance of the residuals over the assumed one."""
-        if not self.estimates_noise or residuals is None:
+        """The mean of c^T I(h)^-1 c / T: for a Gaussian the variance of the residuals over the assumed one.
+
+        A moving average over refreshes, which one without residuals leaves as it is.
+
+        Raises:
+            ValueError: If residuals were never seen.
+        """
+        if not self.estimates_noise:
             return 1.0
-        return float((residuals.square() / self._likelihood.covariance_diagonal(residuals)).mean())
+        if residuals is not None:
+            new = float((residuals.square() / self._likelihood.covariance_diagonal(residuals)).mean())
+            self._noise, self._noise_weight = (
+                NOISE_DECAY * old + (1 - NOISE_DECAY) * x for old, x in ((self._noise, new), (self._noise_weight, 1.0))
+            )
+        if not self._noise_weight:
+            raise ValueError(
+                "the variance of the labels cannot be estimated: no backward from the output with a known scale was "
+                "seen (scaler.unscale_ hides it); pass likelihood=fishopt.Gaussian(variance=<number>)"
+            )
+        return self._noise / self._noise_weight
 
     def _select(self, batch: Batch, units: Groups, wanted: dict[str, str], step: int) -> None:
         auto = {unit: names for unit, names in units.items() if wanted[unit] == "auto"}
@@ -165,7 +190,6 @@ class Curvature:
 
     def _count(self, *, failed: bool) -> None:
         if not failed:
-            self.refreshes += 1
             self.failures_in_a_row = 0
             return
         if self.failures == 0:
@@ -173,7 +197,7 @@ class Curvature:
                 "a curvature refresh came out NaN or infinite (inputs, output or estimate); the last good estimate "
                 "stays in use. Further ones are counted in report() without a warning.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=2,
             )
         self.failures += 1
         self.failures_in_a_row += 1
@@ -187,9 +211,10 @@ class Curvature:
         """All that a resumed run needs to continue bit for bit."""
         return {
             "generator": self._generator.get_state(),
-            "counts": [self.refreshes, self.failures, self.failures_in_a_row],
+            "failures": [self.failures, self.failures_in_a_row],
             "seconds": self.seconds,
             "next_selection": self._next_selection,
+            "noise": [self._noise, self._noise_weight],
             "choices": [asdict(choice) for choice in self.choices.values()],
             "history": list(self.history),
         }
@@ -197,9 +222,10 @@ class Curvature:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
         self._generator.set_state(state["generator"].cpu())
-        self.refreshes, self.failures, self.failures_in_a_row = state["counts"]
+        self.failures, self.failures_in_a_row = state["failures"]
         self.seconds = state["seconds"]
         self._next_selection = state["next_selection"]
+        self._noise, self._noise_weight = state["noise"]
         self.choices = {choice["group"]: Choice(**choice) for choice in state["choices"]}
         self.history = list(state["history"])
 

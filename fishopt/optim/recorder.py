@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,29 +14,30 @@ class Record:
     """One training forward.
 
     Attributes:
-        inputs: The positional arguments, detached.
-        has_keywords: Whether keyword arguments were passed too.
+        inputs: The positional arguments, detached; keyword arguments are put in their places.
         gradient: The loss's gradient with respect to the output, once backward has run, if it was asked for.
     """
 
-    def __init__(self, inputs: tuple[Any, ...], *, has_keywords: bool = False) -> None:
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
         self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        self.has_keywords = has_keywords
         self.gradient: Tensor | None = None
 
-    def rows(self) -> int:
-        """The number of inputs."""
-        return next((len(x) for x in self.inputs if isinstance(x, Tensor) and x.ndim), 0)
-
-    def keep_gradient(self, gradient: Tensor) -> None:
-        """A tensor hook for the output."""
-        self.gradient = gradient.detach()
+    def is_of(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether these are its inputs."""
+        return len(inputs) == len(self.inputs) and all(
+            a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+            for a, b in zip(inputs, self.inputs, strict=True)
+        )
 
 
 class Recorder:
-    """A forward hook that keeps the last inputs seen with gradients on; evaluation under no_grad leaves no trace.
+    """A forward hook that keeps the inputs that the last backward went through.
 
+    A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on.
     Copied or pickled along with its model it becomes inert: a copy of the model is not being trained by the optimizer.
+
+    Attributes:
+        last: The record to use.
 
     Args:
         wants_gradient: Keep the loss's gradient with respect to the output as well.
@@ -45,15 +48,28 @@ class Recorder:
         self.wants_gradient = wants_gradient
         self.active = active
         self.last: Record | None = None
+        self._is_trained_on = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Records, if this is a training forward."""
         trains = output.requires_grad if isinstance(output, Tensor) else torch.is_grad_enabled()
         if not self.active or not trains:
             return
-        self.last = Record(args, has_keywords=bool(kwargs))
-        if self.wants_gradient and isinstance(output, Tensor):
-            output.register_hook(self.last.keep_gradient)
+        record = Record(_positional(module, args, kwargs) if kwargs else args)
+        if not self._is_trained_on:
+            self.last = record
+        if isinstance(output, Tensor):
+            output.register_hook(partial(self._backward, record))
+
+    def _backward(self, record: Record, gradient: Tensor) -> None:
+        record.gradient = gradient.detach() if self.wants_gradient else None
+        self.last, self._is_trained_on = record, True
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()
+
+
+def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments in the order of ``forward``'s parameters; those that only go by name are given with their name."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return (*bound.args, *bound.kwargs.items())

@@ -59,7 +59,8 @@ def units(groups: list[dict[str, Any]], names: dict[Tensor, str], *, layerwise: 
     wanted: dict[str, str] = {}
     for i, group in enumerate(groups):
         trained = tuple(names[p] for p in group["params"] if p.requires_grad)
-        own = by_layer(trained) if layerwise and i == 0 else {str(group.get("name", f"group {i}")): trained}
+        name = str(group.get("name", f"group {i}"))
+        own = by_layer(trained) if layerwise and i == 0 else {f"{name} ({i})" if name in found else name: trained}
         found.update({unit: listed for unit, listed in own.items() if listed})
         wanted.update(dict.fromkeys(own, group["estimator"]))
     return found, wanted

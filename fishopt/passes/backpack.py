@@ -34,9 +34,11 @@ _SECOND_ORDER = frozenset({nn.Linear, *_CONVOLUTIONS, *_PIECEWISE, *_POOLS, *_SM
 
 def covers(shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> bool:
     """Whether BackPACK's first-order extensions are right for the parameters ``names`` of this network."""
-    hookable = shadow.structure(inputs).hookable
-    owners = (shadow.module.get_submodule(name.rpartition(".")[0]) for name in names)
-    return hookable.issuperset(names) and all(_is_known(module, _FIRST_ORDER) for module in owners)
+    if not shadow.structure(inputs).hookable.issuperset(names):
+        return False
+    owners = [(shadow.module.get_submodule(path), own) for path, _, own in (name.rpartition(".") for name in names)]
+    # Other names than these are what a reparametrisation, such as weight_norm's, makes the weight of.
+    return all(_is_known(module, _FIRST_ORDER) and own in {"weight", "bias"} for module, own in owners)
 
 
 class BackpackPass(Pass):
@@ -67,6 +69,12 @@ class BackpackPass(Pass):
         del self._graph
 
     def squared_vjp(self, columns: Tensor, *, per_input: bool = False) -> Diagonal:
+        try:
+            return self._squared_vjp(columns, per_input=per_input)
+        except (RuntimeError, AssertionError):
+            return self._functional().squared_vjp(columns, per_input=per_input)
+
+    def _squared_vjp(self, columns: Tensor, *, per_input: bool) -> Diagonal:
         extension = BatchGrad() if per_input else SumGradSquared()
         total: Diagonal = {}
         for column in columns:
@@ -81,9 +89,12 @@ class BackpackPass(Pass):
             try:
                 return self._hessian_diagonal(cotangent, per_input=per_input)
             except (RuntimeError, AssertionError):
-                pass  # it refuses some memory layouts and options of its modules, on meeting them
-        functional = FunctionalPass(self._shadow, self._inputs, self.names)
-        return functional.hessian_diagonal(cotangent, per_input=per_input)
+                pass
+        return self._functional().hessian_diagonal(cotangent, per_input=per_input)
+
+    def _functional(self) -> FunctionalPass:
+        """Where BackPACK refuses: some memory layouts and options of its modules, on meeting them."""
+        return FunctionalPass(self._shadow, self._inputs, self.names)
 
     def _hessian_diagonal(self, cotangent: Tensor, *, per_input: bool) -> Diagonal:
         extension = BatchDiagHessian() if per_input else DiagHessian()

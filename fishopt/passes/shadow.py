@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
@@ -45,18 +47,19 @@ class Shadow:
         return tuple(name for name, p in self._model.named_parameters() if p.requires_grad)
 
     def is_current(self) -> bool:
-        """Whether the storage is still shared: moves, new parameters and ``p.data = ...`` break it."""
-        return all(
+        """Whether it still stands for the model: moves, new parts, other settings and ``p.data = ...`` end that."""
+        return _settings(self._model) == _settings(self.module) and all(
             _aliases(_tensors(self._model), _tensors(copied))
             for copied in (self.module, self.__dict__.get("extended"))
             if copied is not None
         )
 
     def structure(self, inputs: tuple[Any, ...]) -> Structure:
-        """How the output depends on each parameter; found once, on the first two inputs."""
+        """How the output depends on each parameter; found once, on a few of the inputs."""
         if self._structure is None or self._structure.names != self.names:
-            few = tuple(x[:2] if isinstance(x, Tensor) else x for x in inputs)
-            self._structure = analyse(self.module, few, self.names)
+            two, three = (analyse(self.module, _rows(inputs, count), self.names) for count in (2, 3))
+            # Of two batch sizes only one can be mistaken for another dimension of the same size.
+            self._structure = replace(two, hookable=two.hookable & three.hookable)
         return self._structure
 
 
@@ -94,6 +97,22 @@ def _shadow_of(model: nn.Module) -> nn.Module:
 def _computes_weights(hook: object) -> bool:
     """Whether a forward pre-hook is part of the computation, as in `torch.nn.utils.weight_norm`."""
     return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _rows(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first ``count`` rows of each tensor, repeated if there are fewer."""
+    return tuple(
+        x[torch.arange(count, device=x.device) % len(x)] if isinstance(x, Tensor) and x.ndim else x for x in inputs
+    )
+
+
+def _settings(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+    """Each module's kind and plain attributes, such as a temperature that changes in training."""
+    plain = (bool, int, float, str, NoneType)
+    return [
+        (path, type(m), {k: v for k, v in vars(m).items() if isinstance(v, plain) and k not in {"training", "inplace"}})
+        for path, m in model.named_modules()
+    ]
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

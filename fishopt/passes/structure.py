@@ -18,11 +18,11 @@ from torch.func import functional_call
 # Operations through which the output is linear in each differentiable operand, or multilinear in several.
 _LINEAR = {
     *("Add", "Sub", "Neg", "Sum", "Mean", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias"),
-    *("Squeeze", "Unsqueeze", "Expand", "Cat", "Stack", "Slice", "Select", "Clone", "Alias", "Contiguous", "Split"),
-    *("SplitWithSizes", "Unbind", "Chunk", "Narrow", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Repeat"),
+    *("Squeeze", "Unsqueeze", "Expand", "Cat", "Stack", "Slice", "Select", "Clone", "Alias", "Split", "Unbind"),
+    *("SplitWithSizes", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Repeat"),
     *("ConstantPadNd", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
     *("ReflectionPad1D", "ReflectionPad2D", "ReplicationPad2D", "UpsampleNearest2D", "UpsampleBilinear2D"),
-    *("PixelShuffle", "Unfold", "Im2Col", "Embedding", "ToCopy", "Mkldnn", "UnsafeSplit", "Movedim", "Diagonal"),
+    *("PixelShuffle", "Unfold", "Im2Col", "Embedding", "ToCopy", "UnsafeSplit", "Diagonal"),
     *("Addmm", "Mm", "Mv", "Addmv", "Dot", "Bmm", "Baddbmm", "Linear", "Convolution", "Mul", "NativeBatchNorm"),
 }
 # Operations that are piecewise linear in their one differentiable operand.
@@ -100,8 +100,8 @@ def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) 
         raise ValueError("model output does not depend on any trainable parameter; look for a detach() in forward")
     return Structure(
         names=names,
-        affine=where(~(graph.curved | graph.kinked)),
-        piecewise=where(~graph.curved),
+        affine=where(graph.reached & ~(graph.curved | graph.kinked)),
+        piecewise=where(graph.reached & ~graph.curved),
         separable=where(graph.separable),
         hookable=frozenset(name for name in where(graph.used_once) if calls[owner_of[name]] == [True]),
     )
@@ -184,7 +184,8 @@ class _Graph:
         if _kind(node) not in {"Addmm", "Mm"} or tuple(node._input_metadata[0].shape) != (outputs.shape[0], width):
             return 0
         *bias, features, weight = (child for child, _ in node.next_functions)
-        own = _union(self._bit(child) for child in bias)
+        # A bias of another size is broadcast, and moves every output.
+        own = _union(self._bit(child) for child in bias if self._bit(child) and child.variable.numel() == width)
         if weight is not None and _kind(weight) == "T":
             own |= self._bit(weight.next_functions[0][0])
         return own & ~(self._below[features] if features is not None else 0)
@@ -205,8 +206,11 @@ def _children_first(root: Any) -> list[Any]:
 
 
 def _kind(node: Any) -> str:
-    """``AddmmBackward0`` -> ``Addmm``."""
-    return str(node.name()).rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    """``AddmmBackward0`` -> ``Addmm``; a user's own function has no number, and no kind that we know."""
+    name = str(node.name()).rpartition("::")[2]
+    if name[-1].isdigit():
+        return name.rstrip("0123456789").removesuffix("Backward")
+    return name if name == "AccumulateGrad" else ""
 
 
 def _rows(node: Any) -> int:
