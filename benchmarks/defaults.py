@@ -1,7 +1,7 @@
 """Every optimizer at its defaults, on scikit-learn's tables and on MNIST: ``python -m benchmarks.defaults``.
 
-Writes one JSON with its environment, and prints a table of medians over seeds. MNIST takes ``--data-dir`` with the
-official IDX files in ``MNIST/raw``. Timings are ratios to AdamW (fused), runs interleaved.
+Writes one JSON with its environment, and prints tables of medians over seeds, the README's last. MNIST takes
+``--data-dir`` with the official IDX files in ``MNIST/raw``. Timings are ratios to AdamW (fused), runs interleaved.
 """
 
 from __future__ import annotations
@@ -151,6 +151,18 @@ def show(results: list[Result]) -> Table:
     return table
 
 
+def markdown(results: list[Result]) -> str:
+    """The README's table: median test errors, train losses in brackets, and the ratio of times."""
+    lines = ["| problem | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    for problem in dict.fromkeys(r.problem for r in results):
+        cells = []
+        for method in METHODS:
+            group = [r for r in results if r.problem == problem and r.method == method]
+            cells.append(f"{median(r.error for r in group):.3f} ({median(r.train_loss for r in group):.4f})")
+        lines.append(f"| {problem} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs everything, interleaved, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,9 +178,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = [run(*job, options.data_dir) for job in tqdm(jobs, unit="run")]
     environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment, "results": [asdict(result) for result in results]}
-    options.out.write_text(json.dumps(content, indent=1))
+    rows = ",\n".join(json.dumps(asdict(result)) for result in results)
+    options.out.write_text(f'{{"environment": {json.dumps(environment)}, "results": [\n{rows}\n]}}\n')
     Console(width=120).print(show(results))
+    print(markdown(results))
     print(f"results: {options.out}")
 
 

@@ -87,8 +87,7 @@ class Batch:
             with torch.no_grad():
                 self._natural(self.shadow.module(*self.inputs), len(self))
             return
-        parameters = dict(self.shadow.module.named_parameters())
-        size = sum(parameters[name].numel() for name in names)
+        size = sum(self.shadow.parameters[name].numel() for name in names)
         step = max(1, MAX_ELEMENTS // max(size, 1))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
@@ -98,8 +97,7 @@ class Batch:
 
     def zeros(self, names: Sequence[str]) -> Diagonal:
         """A diagonal of zeros."""
-        parameters = dict(self.shadow.module.named_parameters())
-        return {name: torch.zeros_like(parameters[name]) for name in names}
+        return {name: torch.zeros_like(self.shadow.parameters[name]) for name in names}
 
     def _natural(self, outputs: Tensor, count: int) -> Tensor:
         h = self.likelihood.natural(outputs)

@@ -19,7 +19,7 @@ from fishopt.optim.recorder import Record
 from fishopt.passes import Diagonal, Shadow
 from fishopt.selection import PAPER, Choice, choose
 
-SELECTION_INPUTS = 16
+SELECTION_INPUTS = 8
 """Inputs that a selection looks at."""
 
 FIRST_INTERVAL = 32

@@ -34,6 +34,7 @@ class Shadow:
         self._model = unwrapped(model)
         self._structure: Structure | None = None
         self.takes_hooks = True
+        self._originals = dict(self._model.named_parameters())
         self.module = _shadow_of(self._model)
 
     @cached_property
@@ -41,10 +42,15 @@ class Shadow:
         """A second copy, for an engine that needs hooks of its own on the modules."""
         return _shadow_of(self._model)
 
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The copy's parameters by name."""
+        return dict(self.module.named_parameters())
+
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters that the user trains, by name."""
-        return tuple(name for name, p in self._model.named_parameters() if p.requires_grad)
+        return tuple(name for name, p in self._originals.items() if p.requires_grad)
 
     def is_current(self) -> bool:
         """Whether it still stands for the model: moves, new parts, other settings and ``p.data = ...`` end that."""
