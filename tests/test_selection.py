@@ -108,3 +108,12 @@ def test_probes_replace_columns_for_many_outputs(monkeypatch):
         assert 0.3 < a.scores["I1"] / b.scores["I1"] < 3
     again = fishopt.select_estimators(model, x, "categorical")
     assert [c.scores for c in again] == [c.scores for c in few]
+
+
+def test_bounds_can_mislead_on_tiny_networks():
+    """As the README says: V1's bound is looser than V2's, and on a network this small that decides."""
+    model, x = _mlp(nn.Sigmoid), torch.rand(4, 64)
+    by_bound = fishopt.select_estimators(model, x, "categorical", criterion="bound")
+    by_variance = fishopt.select_estimators(model, x, "categorical", criterion="exact")
+    assert [c.estimator for c in by_bound] == ["I1", "I2", "I2"]
+    assert [c.estimator for c in by_variance] == ["I1", "I1", "I2"]
