@@ -89,7 +89,7 @@ def table(runs: dict[str, list[Run]]) -> Table:
     result = Table(title=f"digits, test set: medians over {len(next(iter(runs.values())))} seeds")
     columns = ("optimizer", "accuracy", "loss", "steps to 95%", "seconds to 95%", "seconds", "curvature share")
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left")
+        result.add_column(column, justify="right" if i else "left", no_wrap=not i)
     for name, group in runs.items():
         steps, seconds = (median(run.to_target()[i] for run in group) for i in (0, 1))
         shares = [r.optimizer.report().curvature_share for r in group if isinstance(r.optimizer, OURS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -87,7 +88,7 @@ class Report:
             cells = (row.group, f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}", row.reason)
             table.add_row(*cells)
         text = StringIO()
-        console = Console(file=text, width=140)
+        console = Console(file=text, width=max(100, shutil.get_terminal_size(fallback=(140, 24)).columns))
         console.print(table, f"curvature: {self.curvature_share:.1%} of the time; failed refreshes: {self.failures}")
         return text.getvalue()
 
