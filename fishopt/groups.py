@@ -11,6 +11,9 @@ from fishopt.passes import unwrapped
 Groups = dict[str, tuple[str, ...]]
 """Group name -> names of its trainable parameters."""
 
+UserGroups = Mapping[str, Sequence[str | Tensor]] | Sequence[Sequence[str | Tensor]]
+"""Groups as a user gives them: named, or in a list; of parameters or of their names."""
+
 
 def layers(model: nn.Module) -> Groups:
     """One group for each module that owns trainable parameters, as in the paper; the module's path is its name."""
@@ -25,16 +28,18 @@ def by_layer(names: Iterable[str]) -> Groups:
     return {group: tuple(members) for group, members in found.items()}
 
 
-def named_groups(model: nn.Module, groups: Mapping[str, Sequence[str | Tensor]]) -> Groups:
+def named_groups(model: nn.Module, groups: UserGroups) -> Groups:
     """The user's groups by parameter names.
 
     Raises:
         ValueError: If a member is not a trainable parameter of the model, or belongs to two groups.
-        TypeError: If ``groups`` is not a mapping.
+        TypeError: If ``groups`` is neither a mapping nor a list.
     """
+    if isinstance(groups, list | tuple):
+        groups = {f"group {i}": members for i, members in enumerate(groups)}
     if not isinstance(groups, Mapping):
         raise TypeError(
-            f"groups is a {type(groups).__name__}; pass a dict from group name to parameters or their names"
+            f"groups={groups!r}: pass a dict from group name to parameters or their names, or a list of them"
         )
     if not groups:
         raise ValueError("groups is empty; name at least one group, or leave it out for one group per layer")

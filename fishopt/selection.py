@@ -5,7 +5,7 @@ Given the inputs, an estimate's error is its label variance, and that alone diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_option
-from fishopt.groups import Groups, layers, named_groups
+from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
 from fishopt.passes import Diagonal, Pass, Structure
 from fishopt.variance import (
@@ -33,8 +33,11 @@ PAPER = ("I1", "I2")
 """The two estimators that the paper compares."""
 
 MAX_COLUMNS = 64
-"""Up to so many outputs, bounds are tight and take a column for each. Above, as many random signs estimate
-``|d_i h|^2``, and eigenvalues are bounded, not computed: a choice needs no more digits."""
+"""Up to so many outputs, bounds are tight and take a column for each. Above, random signs estimate ``|d_i h|^2``, and
+eigenvalues are bounded, not computed: a choice needs no more digits."""
+
+PROBES = 16
+"""Random sign vectors per input, above so many outputs."""
 
 MAX_HESSIAN_COST = 20_000
 """Backward passes that a choice may spend on second derivatives. What costs more is not chosen."""
@@ -66,7 +69,7 @@ def select_estimators(
     inputs: Any,
     likelihood: Any,
     *,
-    groups: Mapping[str, Sequence[str | Tensor]] | None = None,
+    groups: UserGroups | None = None,
     criterion: str = "bound",
     candidates: Sequence[str] = PAPER,
 ) -> list[Choice]:
@@ -76,7 +79,8 @@ def select_estimators(
         model: The network.
         inputs: A few inputs, as a tensor or a tuple of tensors with one row per input.
         likelihood: A `Likelihood`, its name, or the torch loss module in use.
-        groups: Name -> parameters or their names; one group for each module that owns parameters if None.
+        groups: Name -> parameters or their names, or a list of such; one group for each module that owns parameters if
+            None.
         criterion: ``"bound"``, the upper bound on the label variance (Theorem 4.1); ``"exact"``, that variance itself
             (Lemma 3.1); ``"efficiency"``, the bound on the whole variance (Lemma 4.8 and Theorem 4.1) times the
             number of backward passes, since an estimate that costs as many passes less can use more inputs.
@@ -265,8 +269,8 @@ def _is_small(h: Tensor) -> bool:
 def _probes(h: Tensor) -> Tensor:
     """Random signs, always the same: E[eps eps^T] = I makes ``sum_k q`` and ``sum_k r^2`` the sums over outputs."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (MAX_COLUMNS, *h.shape), generator=generator) * 2 - 1
-    return signs.to(h) / MAX_COLUMNS**0.5
+    signs = torch.randint(0, 2, (PROBES, *h.shape), generator=generator) * 2 - 1
+    return signs.to(h) / PROBES**0.5
 
 
 def _mean(diagonal: Diagonal, names: Sequence[str], size_of: Diagonal | None = None) -> float:

@@ -7,14 +7,14 @@ forms here have its square.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_option
-from fishopt.groups import layers, named_groups
+from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass
 from fishopt.variance import SIDES, bound_factor, squared_norm_per_input, weighed
@@ -28,7 +28,7 @@ def trace_bound(
     likelihood: Any,
     *,
     quantity: str = "fisher",
-    groups: Mapping[str, Sequence[str | Tensor]] | None = None,
+    groups: UserGroups | None = None,
     side: str = "upper",
     full_spectrum: bool = False,
 ) -> dict[str, Tensor]:
@@ -47,7 +47,8 @@ def trace_bound(
         inputs: A tensor, or a tuple of tensors, with one row per input.
         likelihood: A `Likelihood`, its name, or the torch loss module in use.
         quantity: ``"fisher"`` for tr I(theta|x), ``"I1"`` or ``"I2"`` for the trace of that label variance.
-        groups: Name -> parameters or their names; one group for each module that owns parameters if None.
+        groups: Name -> parameters or their names, or a list of such; one group for each module that owns parameters if
+            None.
         side: ``"upper"`` or ``"lower"``.
         full_spectrum: Use all singular values and eigenvalues: tighter, T(T + 1) backward passes.
 

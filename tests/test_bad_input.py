@@ -138,7 +138,7 @@ FUNCTION_ROWS = [
     (lambda: fishopt.select_estimators(MODEL, X, CE, candidates=()), ValueError, "candidates="),
     (lambda: fishopt.select_estimators(MODEL, X, CE, candidates=None), TypeError, "candidates=None"),
     (lambda: fishopt.select_estimators(MODEL, X, CE, candidates=("I1", "empirical")), ValueError, "empirical"),
-    (lambda: fishopt.select_estimators(MODEL, X, CE, groups=[["0.weight"]]), TypeError, "groups is a list"),
+    (lambda: fishopt.select_estimators(MODEL, X, CE, groups=3), TypeError, "groups=3"),
     (lambda: fishopt.select_estimators(MODEL, X, CE, groups={}), ValueError, "groups is empty"),
     (lambda: fishopt.select_estimators(MODEL, X, CE, groups={"a": None}), ValueError, "'a'"),
     (lambda: fishopt.select_estimators(MODEL, X, CE, groups={"a": [3]}), ValueError, "holds 3"),

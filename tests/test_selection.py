@@ -95,6 +95,8 @@ def test_groups_of_the_user():
     choices = fishopt.select_estimators(model, torch.rand(4, 64), "categorical", groups=groups)
     assert [c.group for c in choices] == ["bottom", "rest", "top"]
     assert (choices[0].estimator, choices[2].estimator) == ("I1", "I2")
+    listed = fishopt.select_estimators(model, torch.rand(4, 64), "categorical", groups=list(groups.values()))
+    assert [c.group for c in listed] == ["group 0", "group 1", "group 2"]
 
 
 def test_probes_replace_columns_for_many_outputs(monkeypatch):

@@ -20,7 +20,10 @@ from fishopt.passes import Diagonal, Shadow
 from fishopt.selection import PAPER, Choice, choose
 
 SELECTION_INPUTS = 8
-"""Inputs that a selection looks at."""
+"""Inputs that a selection looks at, at most."""
+
+SELECTION_ELEMENTS = 2**24
+"""Inputs times parameters that it looks at, at most: large networks get fewer inputs."""
 
 FIRST_INTERVAL = 32
 """Steps from the first selection to the second; the interval doubles each time, as training slows down."""
@@ -182,7 +185,9 @@ class Curvature:
         auto = {unit: names for unit, names in units.items() if wanted[unit] == "auto"}
         if not auto or (step < self._next_selection and auto.keys() <= self.choices.keys()):
             return
-        few = Batch(batch.shadow, tuple(x[:SELECTION_INPUTS] for x in batch.inputs), self._likelihood)
+        size = sum(p.numel() for p in batch.shadow.parameters.values())
+        count = max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1)))
+        few = Batch(batch.shadow, tuple(x[:count] for x in batch.inputs), self._likelihood)
         chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion])
         self.choices = {choice.group: choice for choice in chosen}
         self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
