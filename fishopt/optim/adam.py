@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Work
+from fishopt.optim.base import FisherOptimizer, Means, Work
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
@@ -97,11 +97,13 @@ class FisherAdam(FisherOptimizer):
         return float(group["betas"][1])
 
     def _preconditioner(
-        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
     ) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
         factor = moment.scale**2 * moment.dispersion / moment.batch_size
-        denominator = (fisher * factor).sqrt_().add_((mean * factor).sqrt() * group["damping"]).add_(group["eps"])
+        denominator = (
+            (fisher * factor).sqrt_().add_((means.layer * factor).sqrt() * group["damping"]).add_(group["eps"])
+        )
         return denominator.reciprocal_()
 
     def _update(self, work: list[Work]) -> None:

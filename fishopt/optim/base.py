@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fishopt.batch import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups, by_layer
-from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
+from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import unscale
 from fishopt.optim.checkpoint import Identity, refuse_another
-from fishopt.optim.curvature import Curvature, Moment
+from fishopt.optim.curvature import Curvature, Moment, training_likelihood
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import unwrapped
@@ -27,6 +27,13 @@ from fishopt.selection import CRITERIA
 
 EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
+
+
+class Means(NamedTuple):
+    """The mean of the averaged Fisher diagonal over a parameter's layer and over the model, scalar tensors."""
+
+    layer: Tensor
+    model: Tensor
 
 
 class Work(NamedTuple):
@@ -55,7 +62,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         refresh_inputs: int,
         generator: torch.Generator | None,
     ) -> None:
-        family, estimates_noise = _training_likelihood(likelihood)
+        family, estimates_noise = training_likelihood(likelihood)
         self._model = unwrapped(checked_model(model))
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         checked_option("criterion", criterion, CRITERIA)
@@ -93,13 +100,13 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _preconditioner(
-        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
     ) -> Tensor:
         """What the update multiplies the averaged gradient by.
 
         Args:
             fisher: The averaged, bias-corrected Fisher diagonal of one parameter, not negative.
-            mean: Its mean over the unit of choice, a scalar.
+            means: What damping can be relative to.
             group: The parameter group, with its hyperparameters.
             state: The parameter's state, for what else the rule keeps.
             moment: Batch size and scales.
@@ -272,14 +279,15 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             return False
         self._moment = estimate.moment
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
+        fishers = {name: self._average(*options[name], new) for name, new in estimate.diagonal.items()}
+        over_model = _mean(fishers.values())
         # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
-        for names in by_layer(estimate.diagonal).values():
-            fishers = [self._average(*options[name], estimate.diagonal[name]) for name in names]
-            mean = torch.stack([f.sum() for f in fishers]).sum() / max(sum(f.numel() for f in fishers), 1)
-            for name, fisher in zip(names, fishers, strict=True):
+        for names in by_layer(fishers).values():
+            means = Means(_mean(fishers[name] for name in names), over_model)
+            for name in names:
                 p, group = options[name]
                 state = self.state[p]
-                state["preconditioner"] = self._preconditioner(fisher, mean, group, state, self._moment)
+                state["preconditioner"] = self._preconditioner(fishers[name], means, group, state, self._moment)
         return True
 
     def _average(self, p: Tensor, group: dict[str, Any], new: Tensor) -> Tensor:
@@ -323,13 +331,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         }
 
 
-def _training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
-    """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
-
-    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
-    an Adam-like step would stall.
-    """
-    family = as_likelihood(likelihood)
-    if isinstance(family, Gaussian) and family.variance == "estimated":
-        return family.with_variance(1.0), True
-    return family, isinstance(likelihood, nn.MSELoss)
+def _mean(parts: Iterable[Tensor]) -> Tensor:
+    """The mean over the entries of several tensors."""
+    listed = list(parts)
+    sums = torch.stack([part.sum().to(listed[0].device) for part in listed])
+    return sums.sum() / max(sum(part.numel() for part in listed), 1)

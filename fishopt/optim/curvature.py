@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fishopt.batch import Batch, NonFiniteError, checked_inputs
 from fishopt.estimators import Draw, Estimator, by_structure, estimate
 from fishopt.groups import Groups
-from fishopt.likelihoods import Likelihood
+from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim.recorder import Record
 from fishopt.passes import Diagonal, Shadow
 from fishopt.selection import PAPER, Choice, choose
@@ -233,6 +233,18 @@ class Curvature:
         self._noise, self._noise_weight = state["noise"]
         self.choices = {choice["group"]: Choice(**choice) for choice in state["choices"]}
         self.history = list(state["history"])
+
+
+def training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
+    """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
+
+    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
+    an Adam-like step would stall.
+    """
+    family = as_likelihood(likelihood)
+    if isinstance(family, Gaussian) and family.variance == "estimated":
+        return family.with_variance(1.0), True
+    return family, isinstance(likelihood, nn.MSELoss)
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

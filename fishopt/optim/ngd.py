@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.adam import averaged
-from fishopt.optim.base import FisherOptimizer, Work
+from fishopt.optim.base import FisherOptimizer, Means, Work
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
@@ -21,8 +21,9 @@ class DiagonalNGD(FisherOptimizer):
     A step ``d`` changes the model's predictions by ``KL = d^T F d / 2`` per input, to second order. The whole step is
     scaled down to keep that, with the damped F, at most ``kl_radius``; ``lr`` is the step without that limit.
 
-    The damping is relative to the peak, over training, of the layer's mean Fisher diagonal: in classification F goes to
-    zero as the predictions become certain, and steps by an ever smaller F would grow without bound.
+    The damping is relative to the peak, over training, of the model's mean Fisher diagonal: in classification F goes to
+    zero as the predictions become certain, and steps by an ever smaller F would grow without bound. With ever more
+    damping the step turns into the direction of gradient descent.
 
     Args:
         model: The network, whose output is the natural parameters of the likelihood.
@@ -33,7 +34,7 @@ class DiagonalNGD(FisherOptimizer):
         lr: Learning rate.
         momentum: Decay rate, per step, of the moving average of the gradient.
         decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
-        damping: Damping relative to the peak of the layer's own mean Fisher diagonal.
+        damping: Damping relative to the peak of the model's mean Fisher diagonal.
         kl_radius: The largest predicted KL divergence of a step (nats per input).
         weight_decay: Decoupled weight decay, as in AdamW.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
@@ -58,8 +59,8 @@ class DiagonalNGD(FisherOptimizer):
         lr: float | Tensor = 3e-3,
         momentum: float = 0.9,
         decay: float = 0.95,
-        damping: float = 1.0,
-        kl_radius: float = 3e-6,
+        damping: float = 0.1,
+        kl_radius: float = 1e-6,
         weight_decay: float = 0.0,
         estimator: str = "auto",
         criterion: str = "efficiency",
@@ -101,11 +102,12 @@ class DiagonalNGD(FisherOptimizer):
         return float(group["decay"])
 
     def _preconditioner(
-        self, fisher: Tensor, mean: Tensor, group: dict[str, Any], state: dict[str, Any], moment: Moment
+        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
     ) -> Tensor:
-        state["peak"] = mean = torch.maximum(mean, state["peak"]) if "peak" in state else mean
+        peak = torch.maximum(means.model, state["peak"]) if "peak" in state else means.model.clone()
+        state["peak"] = peak
         tiny = torch.finfo(fisher.dtype).tiny
-        return (fisher + mean * group["damping"]).clamp_min_(tiny).mul_(moment.scale).reciprocal_()
+        return (fisher + peak * group["damping"]).clamp_min_(tiny).mul_(moment.scale).reciprocal_()
 
     def _update(self, work: list[Work]) -> None:
         steps, divergence = [], []
