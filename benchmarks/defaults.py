@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn import datasets
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -89,12 +90,13 @@ def load(problem: Problem, seed: int, data_dir: Path | None) -> tuple[Tensor, Te
         x, y = getattr(datasets, f"load_{problem.name}")(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     cut = 3 * len(x) // 4
-    mean, std = x[order[:cut]].mean(0), x[order[:cut]].std(0) + 1e-8
-    inputs = torch.tensor((x - mean) / std, dtype=torch.float32)[order]
+    # Scaled by the training part; what is constant there, as some of the digits' pixels, is left as it is.
+    inputs = torch.tensor(StandardScaler().fit(x[order[:cut]]).transform(x), dtype=torch.float32)[order]
     if problem.classes:
         targets = torch.tensor(y)[order]
     else:
-        targets = torch.tensor((y - y[order[:cut]].mean()) / y[order[:cut]].std(), dtype=torch.float32)[order, None]
+        scaled = StandardScaler().fit(y[order[:cut], None]).transform(y[:, None])
+        targets = torch.tensor(scaled, dtype=torch.float32)[order]
     return inputs[:cut], targets[:cut], inputs[cut:], targets[cut:]
 
 

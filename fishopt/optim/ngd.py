@@ -56,7 +56,7 @@ class DiagonalNGD(FisherOptimizer):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         decay: float = 0.95,
         damping: float = 0.1,
