@@ -402,6 +402,23 @@ def test_settings_of_the_model_that_change_in_training_are_followed(kind):
     torch.testing.assert_close(found["layer.weight"], expected["layer.weight"])
 
 
+@both
+@pytest.mark.parametrize(
+    "loss_fn", [nn.CrossEntropyLoss(reduction="sum"), nn.BCEWithLogitsLoss(), nn.PoissonNLLLoss()], ids=str
+)
+def test_empirical_from_the_recorded_gradient_is_on_the_scale_of_the_function(kind, loss_fn):
+    """However the loss is reduced: the labels themselves are never seen."""
+    model, x, labels = _problem(n=16)
+    y = labels if isinstance(loss_fn, nn.CrossEntropyLoss) else nn.functional.one_hot(labels, 3).float()
+    optimizer = kind(model, loss_fn, estimator="empirical")
+    expected = fishopt.fisher_diagonal(model, x, loss_fn, estimator="empirical", targets=y)
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        found = optimizer.state[p]["fisher"] / (1 - optimizer._decay(optimizer.param_groups[0]))
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-7)
+
+
 # --- resuming ---
 
 
