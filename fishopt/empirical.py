@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_targets
 from fishopt.passes import Diagonal
-from fishopt.variance import accumulate, fisher_per_input, squared_norm_per_input, weighed
+from fishopt.variance import accumulate, fisher_per_input, squared, squared_norm_per_input, weighed
 
 
 class EmpiricalError(NamedTuple):
@@ -51,13 +51,12 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
         c = family.residual(h, family.valid_targets(h, targets[rows]))
         q = through.squared_vjp(c[None], per_input=True)
         accumulate(first, q)
-        accumulate(second, {name: value.square() for name, value in q.items()})
+        accumulate(second, squared(q))
         accumulate(exact, fisher_per_input(through, family, h))
         norms = squared_norm_per_input(through, h)
         gap = torch.linalg.eigvalsh(c[:, :, None] * c[:, None, :] - family.covariance(h)).abs().amax(-1)
         accumulate(bias_bound, weighed(norms, gap))
-        squares = {name: value.square() for name, value in norms.items()}
-        accumulate(fourth, weighed(squares, c.square().sum(-1).square()))
+        accumulate(fourth, weighed(squared(norms), c.square().sum(-1).square()))
     return EmpiricalError(
         bias={name: (first[name] - exact[name]) / n for name in batch.names},
         bias_bound={name: bias_bound[name] / n for name in batch.names},

@@ -5,6 +5,7 @@ Given the inputs, an estimate's error is its label variance, and that alone diff
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from fishopt.variance import (
     curvature_norm_per_input,
     largest_eigenvalue,
     mean_label_variance,
+    squared,
     squared_norm_per_input,
     weighed,
 )
@@ -140,7 +142,7 @@ def _choice(group: str, names: Sequence[str], judge: _Judge, candidates: Sequenc
     return Choice(group, winner, {c: scores[c] for c in candidates}, judge.reason(winner, scores, names, notes), bounds)
 
 
-class _Judge:
+class _Judge(ABC):
     """Scores by one criterion. Each quantity is computed once, for all groups, when first asked for."""
 
     what = ""
@@ -153,8 +155,9 @@ class _Judge:
         self._curvature: dict[tuple[str, ...], Diagonal] = {}
         self._outputs, self._hessian_costs, self._input_bound, self._norm_bounds = _first_derivatives(batch, names)
 
+    @abstractmethod
     def score(self, name: str, names: Sequence[str]) -> float:
-        raise NotImplementedError
+        """The smaller, the better."""
 
     def floor(self, name: str, names: Sequence[str]) -> float:
         """What the score is at least, without second derivatives."""
@@ -237,7 +240,7 @@ def _first_derivatives(
     outputs, costs = 0, dict.fromkeys(names, 0)
     for through, h, _ in batch.chunks(names):
         outputs, costs = h.shape[1], {name: through.hessian_cost(name) for name in names}
-        fourth = {name: v.square() for name, v in _squared_norm(through, h).items()}
+        fourth = squared(_squared_norm(through, h))
         largest = largest_eigenvalue(batch.likelihood, h, tight=_is_small(h))
         accumulate(over_inputs, weighed(fourth, largest.square()))
         for name, total in bounds.items():

@@ -17,7 +17,7 @@ from fishopt.batch import Batch, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass
-from fishopt.variance import SIDES, bound_factor, squared_norm_per_input, weighed
+from fishopt.variance import SIDES, bound_factor, squared, squared_norm_per_input, weighed
 
 QUANTITIES = ("fisher", "I1", "I2")
 
@@ -91,7 +91,7 @@ def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectru
 def _quartic_trace(through: Pass, likelihood: Likelihood, h: Tensor, side: str) -> Tensor:
     factor = bound_factor(likelihood, h, "I1", side, tight=True)
     norms = squared_norm_per_input(through, h)
-    return _total(weighed({name: value.square() for name, value in norms.items()}, factor))
+    return _total(weighed(squared(norms), factor))
 
 
 def _jacobian_gram(through: Pass, h: Tensor) -> Tensor:

@@ -33,13 +33,13 @@ def squared_norm_per_input(through: Pass, h: Tensor) -> Diagonal:
 
 def curvature_norm_per_input(through: Pass, columns: Tensor) -> Diagonal:
     """``sum_k r(columns[k])^2``: V2 (Eq. 6) for the columns of S, ``|d_i^2 h|^2`` for unit columns."""
-    return _sum(_square(through.hessian_diagonal(column, per_input=True)) for column in columns)
+    return _sum(squared(through.hessian_diagonal(column, per_input=True)) for column in columns)
 
 
 def _v1(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
     """Eq. 5: ``d_i h`` four times into M = K - I (x) I."""
     quartic = likelihood.quartic(h)
-    fisher = _square(fisher_per_input(through, likelihood, h))
+    fisher = squared(fisher_per_input(through, likelihood, h))
     total = {name: quartic.multiple * value for name, value in fisher.items()}
     if quartic.weights.any():
         fourth = _fourth_powers(through, quartic.columns, quartic.weights)
@@ -55,7 +55,7 @@ def _v2(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
 def _hutchinson(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
     """``2 (|u|^4 - sum_a u_a^4)``, ``u = S^T d_i h``: the variance of (u^T eps)^2 over random signs."""
     columns = likelihood.factor(h)
-    fisher = _square(fisher_per_input(through, likelihood, h))
+    fisher = squared(fisher_per_input(through, likelihood, h))
     fourth = _fourth_powers(through, columns, torch.ones_like(columns[..., 0]))
     return {name: 2 * (value - fourth[name]).clamp_min(0) for name, value in fisher.items()}
 
@@ -70,7 +70,7 @@ _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor], Diagonal]] = {
 def _fourth_powers(through: Pass, columns: Tensor, weights: Tensor) -> Diagonal:
     """``sum_k weights[k] q(columns[k])^2``."""
     return _sum(
-        weighed(_square(through.squared_vjp(column[None], per_input=True)), w)
+        weighed(squared(through.squared_vjp(column[None], per_input=True)), w)
         for column, w in zip(columns, weights, strict=True)
     )
 
@@ -154,7 +154,7 @@ def variance_bound(
         if estimator == "I2":
             accumulate(total, weighed(curvature_norm_per_input(through, unit_columns(h)), value))
         else:
-            accumulate(total, weighed(_square(squared_norm_per_input(through, h)), value))
+            accumulate(total, weighed(squared(squared_norm_per_input(through, h)), value))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -185,7 +185,11 @@ def fisher_bound(
     total = batch.zeros(batch.names)
     for through, h, _ in batch.chunks(batch.names):
         upper = side == "upper"
-        value = largest_eigenvalue(batch.likelihood, h, tight=tight) if upper else _lowest(batch.likelihood, h)
+        value = (
+            largest_eigenvalue(batch.likelihood, h, tight=tight)
+            if upper
+            else batch.likelihood.covariance_spectrum(h).lower
+        )
         accumulate(total, weighed(squared_norm_per_input(through, h), value))
     return {name: value / len(batch) for name, value in total.items()}
 
@@ -199,7 +203,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     total = batch.zeros(batch.names)
     for through, h, _ in batch.chunks(batch.names):
         value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
-        accumulate(total, weighed(_square(squared_norm_per_input(through, h)), value))
+        accumulate(total, weighed(squared(squared_norm_per_input(through, h)), value))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -274,7 +278,8 @@ def weighed(per_input: Diagonal, weights: Tensor) -> Diagonal:
     return {name: value * weights.reshape(-1, *[1] * (value.ndim - 1)) for name, value in per_input.items()}
 
 
-def _square(diagonal: Diagonal) -> Diagonal:
+def squared(diagonal: Diagonal) -> Diagonal:
+    """The square of every entry."""
     return {name: value.square() for name, value in diagonal.items()}
 
 
@@ -288,7 +293,3 @@ def _sum(diagonals: Any) -> Diagonal:
 
 def _side(interval: Interval, side: str) -> Tensor:
     return interval.upper if side == "upper" else interval.lower
-
-
-def _lowest(likelihood: Likelihood, h: Tensor) -> Tensor:
-    return likelihood.covariance_spectrum(h).lower

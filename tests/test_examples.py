@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,17 +19,13 @@ ROOT = Path(__file__).parent.parent
 def _example(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.dict(sys.modules, {name: module}):  # dataclasses look their module up
+        spec.loader.exec_module(module)
     return module
 
 
-def test_digits(tmp_path, capsys, monkeypatch):
-    import sys
-
-    module = importlib.util.spec_from_file_location("digits_example", ROOT / "examples" / "digits.py")
-    digits = importlib.util.module_from_spec(module)
-    monkeypatch.setitem(sys.modules, "digits_example", digits)  # dataclasses look their module up
-    module.loader.exec_module(digits)
+def test_digits(tmp_path, capsys):
+    digits = _example("digits")
     threads = torch.get_num_threads()
     digits.main(["--epochs", "3", "--seeds", "2", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
