@@ -15,6 +15,9 @@ from fishopt.passes import Diagonal, Pass, Shadow, Structure, open_pass
 MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
 
+MAX_ACTIVATIONS = 2**24
+"""Numbers that the modules with parameters may put out for one chunk of inputs."""
+
 
 class NonFiniteError(ValueError):
     """Inputs or outputs are NaN or infinite."""
@@ -75,10 +78,14 @@ class Batch:
         """
         return self.shadow.structure(self.inputs)
 
-    def chunks(self, names: Sequence[str]) -> Iterator[Chunk]:
-        """Passes over the batch for the parameters ``names``, a few inputs at a time so that memory is bounded.
+    def chunks(self, names: Sequence[str], *, per_input: bool = False) -> Iterator[Chunk]:
+        """Passes over the batch for the parameters ``names``, some inputs at a time so that memory is bounded.
 
         No names, no passes; but the network's output is checked all the same.
+
+        Args:
+            names: Parameters.
+            per_input: Whether one value per input will be asked for, which takes more memory.
 
         Raises:
             ValueError: If the network's output does not fit the likelihood.
@@ -87,8 +94,10 @@ class Batch:
             with torch.no_grad():
                 self._natural(self.shadow.module(*self.inputs), len(self))
             return
-        size = sum(self.shadow.parameters[name].numel() for name in names)
-        step = max(1, MAX_ELEMENTS // max(size, 1))
+        step = max(1, MAX_ACTIVATIONS // max(self.structure.activations, 1))
+        if per_input:
+            size = sum(self.shadow.parameters[name].numel() for name in names)
+            step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
             part = tuple(x[rows] for x in self.inputs)

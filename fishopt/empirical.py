@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_targets
-from fishopt.passes import Diagonal
-from fishopt.variance import accumulate, fisher_per_input, squared, squared_norm_per_input, weighed
+from fishopt.likelihoods import unit_columns
+from fishopt.passes import Diagonal, add
 
 
 class EmpiricalError(NamedTuple):
@@ -49,14 +49,13 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
     exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
     for through, h, rows in batch.chunks(batch.names):
         c = family.residual(h, family.valid_targets(h, targets[rows]))
-        q = through.squared_vjp(c[None], per_input=True)
-        accumulate(first, q)
-        accumulate(second, squared(q))
-        accumulate(exact, fisher_per_input(through, family, h))
-        norms = squared_norm_per_input(through, h)
+        units, ones = unit_columns(h), torch.ones_like(h.mT[:1])
+        add(first, through.squared_vjp(c[None]))
+        add(second, through.fourth_vjp(c[None, None], ones))
+        add(exact, through.squared_vjp(family.factor(h)))
         gap = torch.linalg.eigvalsh(c[:, :, None] * c[:, None, :] - family.covariance(h)).abs().amax(-1)
-        accumulate(bias_bound, weighed(norms, gap))
-        accumulate(fourth, weighed(squared(norms), c.square().sum(-1).square()))
+        add(bias_bound, through.squared_vjp(units * gap.sqrt()[:, None]))
+        add(fourth, through.fourth_vjp(units[None], c.square().sum(-1).square()[None]))
     return EmpiricalError(
         bias={name: (first[name] - exact[name]) / n for name in batch.names},
         bias_bound={name: bias_bound[name] / n for name in batch.names},

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from fishopt.batch import Batch, checked_generator, checked_option, checked_samples, checked_targets
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
-from fishopt.passes import Diagonal, Structure
+from fishopt.passes import Diagonal, Sketch, Structure, add
+
+EXACT_UP_TO = 256
+"""Backward passes that I2's exact Hessian diagonal may take: networks of a hundred smooth units or so."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,19 @@ class Draw:
         generator: The source of randomness; torch's global one if None.
         targets: Labels from the data, for the empirical Fisher.
         residuals: Cotangents eta - t(y) at labels from the data, where these are known instead: ``[N, T]``.
+        exact_up_to: Backward passes that an exact Hessian diagonal may take before it is sketched.
     """
 
     samples: int = 1
     generator: torch.Generator | None = None
     targets: Tensor | None = None
     residuals: Tensor | None = None
+    exact_up_to: int = EXACT_UP_TO
+
+    @property
+    def sketch(self) -> Sketch:
+        """What I2 may do where its Hessian diagonal is dear."""
+        return Sketch(self.generator, self.exact_up_to)
 
     def rows(self, rows: slice) -> Draw:
         """The same for some of the inputs."""
@@ -48,11 +58,11 @@ class Cotangents:
     """What an estimator sends through the network.
 
     Attributes:
-        squared: ``[K, N, T]``, for the sum over K of squared VJPs.
+        squared: ``[K, N, T]``, for the sum over K of squared VJPs, or None.
         hessian: ``[N, T]``, for the Hessian diagonal to add, or None.
     """
 
-    squared: Tensor
+    squared: Tensor | None = None
     hessian: Tensor | None = None
 
 
@@ -116,34 +126,43 @@ def exact_separable(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents
     return Cotangents(likelihood.covariance_diagonal(h).sqrt()[None])
 
 
-def by_structure(name: str, names: Sequence[str], structure: Structure) -> list[tuple[Estimator, tuple[str, ...]]]:
-    """The cheapest cotangents that give estimator ``name``, for each part of the parameters ``names``.
+def residual_hessian(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
+    """What I2 adds to the exact value (Remark H.1)."""
+    return Cotangents(hessian=ESTIMATORS["I2"](likelihood, h, draw).hessian)
 
-    In a last linear layer the exact value takes one column; where h is affine in each weight I2 is exact.
+
+Plan = dict[Estimator, tuple[str, ...]]
+"""Which cotangents for which parameters; where a parameter is under several, their values add up."""
+
+
+def by_structure(name: str, names: Sequence[str], structure: Structure) -> Plan:
+    """The cheapest cotangents that give estimator ``name`` for the parameters ``names``.
+
+    In a last linear layer the exact value takes one column; where h is affine in each weight I2 is exact; elsewhere
+    I2 shares the columns of the exact value.
     """
     if name not in ("exact", "I2"):
-        return [(ESTIMATORS[name], tuple(names))]
+        return {ESTIMATORS[name]: tuple(names)}
     separable = tuple(n for n in names if n in structure.separable)
-    straight = tuple(n for n in names if n in structure.piecewise and n not in structure.separable)
-    curved = tuple(n for n in names if n not in structure.piecewise and n not in structure.separable)
-    if name == "exact":
-        straight, curved = straight + curved, ()
-    parts = [(exact_separable, separable), (exact, straight), (negative_hessian, curved)]
-    return [(rule, part) for rule, part in parts if part]
+    others = tuple(n for n in names if n not in structure.separable)
+    curved = tuple(n for n in others if n not in structure.piecewise and name == "I2")
+    plan = {exact_separable: separable, exact: others, residual_hessian: curved}
+    return {rule: part for rule, part in plan.items() if part}
 
 
-def estimate(batch: Batch, rule: Estimator, names: Sequence[str], draw: Draw) -> Diagonal:
-    """The mean over the batch of one estimator's value, for the parameters ``names``."""
-    total = batch.zeros(names)
+def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
+    """The mean over the batch of the estimates that ``plan`` names, all from one forward."""
+    names = tuple(dict.fromkeys(name for part in plan.values() for name in part))
+    total: Diagonal = {}
     for through, h, rows in batch.chunks(names):
-        cotangents = rule(batch.likelihood, h, draw.rows(rows))
-        found = [through.squared_vjp(fewest_columns(cotangents.squared))]
-        if cotangents.hessian is not None:
-            found.append(through.hessian_diagonal(cotangents.hessian))
-        for part in found:
-            for name, value in part.items():
-                total[name] += value
-    return {name: value / len(batch) for name, value in total.items()}
+        some = draw.rows(rows)
+        for rule, part in plan.items():
+            cotangents = rule(batch.likelihood, h, some)
+            if cotangents.squared is not None:
+                add(total, through.squared_vjp(fewest_columns(cotangents.squared), names=part))
+            if cotangents.hessian is not None:
+                add(total, through.hessian_diagonal(cotangents.hessian, names=part, sketch=some.sketch))
+    return {name: total[name] / len(batch) for name in names}
 
 
 def fewest_columns(columns: Tensor) -> Tensor:
@@ -195,7 +214,5 @@ def fisher_diagonal(
     if targets is not None:
         checked_targets(targets, len(batch))
     draw = Draw(samples, generator, targets)
-    found: Diagonal = {}
-    for rule, names in by_structure(estimator, batch.names, batch.structure):
-        found.update(estimate(batch, rule, names, draw))
+    found = estimate(batch, by_structure(estimator, batch.names, batch.structure), draw)
     return {name: found[name] for name in batch.names}

@@ -8,25 +8,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_option
+from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
-from fishopt.passes import Diagonal, Pass, Structure
+from fishopt.passes import Diagonal, Sketch, Structure, add
 from fishopt.variance import (
     SAMPLED,
-    accumulate,
     bound_factor,
-    curvature_norm_per_input,
+    hutchinson_factor,
     largest_eigenvalue,
     mean_label_variance,
-    squared,
-    squared_norm_per_input,
-    weighed,
+    weighed_norms,
 )
 
 CRITERIA = ("bound", "exact", "efficiency")
@@ -40,9 +38,6 @@ eigenvalues are bounded, not computed: a choice needs no more digits."""
 
 PROBES = 16
 """Random sign vectors per input, above so many outputs."""
-
-MAX_HESSIAN_COST = 20_000
-"""Backward passes that a choice may spend on second derivatives. What costs more is not chosen."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +114,12 @@ def checked_candidates(candidates: Any) -> tuple[str, ...]:
     return listed
 
 
-def choose(batch: Batch, groups: Groups, criterion: str, candidates: Sequence[str]) -> list[Choice]:
-    """`select_estimators` for a checked batch."""
+def choose(
+    batch: Batch, groups: Groups, criterion: str, candidates: Sequence[str], *, exact_up_to: int = EXACT_UP_TO
+) -> list[Choice]:
+    """`select_estimators` for a checked batch; I2 sketches what takes more than ``exact_up_to`` backward passes."""
     names = tuple(name for members in groups.values() for name in members)
-    judge = _CRITERIA[criterion](batch, names)
+    judge = _CRITERIA[criterion](batch, names, exact_up_to)
     return [_choice(group, members, judge, candidates) for group, members in groups.items()]
 
 
@@ -147,13 +144,14 @@ class _Judge(ABC):
 
     what = ""
 
-    def __init__(self, batch: Batch, names: tuple[str, ...]) -> None:
+    def __init__(self, batch: Batch, names: tuple[str, ...], exact_up_to: int) -> None:
         self._batch = batch
         self._names = names
         self._structure: Structure = batch.structure
         self._variances: dict[tuple[str, tuple[str, ...]], Diagonal] = {}
         self._curvature: dict[tuple[str, ...], Diagonal] = {}
-        self._outputs, self._hessian_costs, self._input_bound, self._norm_bounds = _first_derivatives(batch, names)
+        self._sketch = Sketch(torch.Generator().manual_seed(0), exact_up_to)
+        self._first = _first_derivatives(batch, names, self._sketch)
 
     @abstractmethod
     def score(self, name: str, names: Sequence[str]) -> float:
@@ -161,7 +159,7 @@ class _Judge(ABC):
 
     def floor(self, name: str, names: Sequence[str]) -> float:
         """What the score is at least, without second derivatives."""
-        return float("inf") if self.cost(name, names) > MAX_HESSIAN_COST else -float("inf")
+        return -float("inf")
 
     def is_dear(self, name: str, names: Sequence[str]) -> bool:
         """Whether scoring takes second derivatives of the network."""
@@ -171,8 +169,8 @@ class _Judge(ABC):
         """Backward passes for one estimate, with one label per input."""
         if name in ("I1", "hutchinson"):
             return 1
-        columns = 1 if self._structure.separable.issuperset(names) else self._outputs
-        curved = [self._hessian_costs[n] for n in names if n not in self._structure.piecewise]
+        columns = 1 if self._structure.separable.issuperset(names) else self._first.outputs
+        curved = [self._first.costs[n] for n in names if n not in self._structure.piecewise]
         return columns + (max(curved, default=0) if name == "I2" else 0)
 
     def bound(self, name: str, names: Sequence[str]) -> float:
@@ -180,11 +178,11 @@ class _Judge(ABC):
         if name == "exact":
             return 0.0
         if name != "I2":
-            return _mean(self._norm_bounds[name], names)
+            return _mean(self._first.bounds[name], names)
         key = tuple(n for n in names if n not in self._structure.piecewise)
         if key not in self._curvature:
-            self._curvature[key] = _curvature_bound(self._batch, key)
-        return _mean(self._curvature[key], names, size_of=self._norm_bounds["I1"])
+            self._curvature[key] = _curvature_bound(self._batch, key, self._sketch)
+        return _mean(self._curvature[key], names, size_of=self._first.bounds["I1"])
 
     def reason(self, winner: str, scores: dict[str, float], names: Sequence[str], notes: list[str]) -> str:
         structure = self._structure
@@ -214,7 +212,7 @@ class _ByVariance(_Judge):
         # Second derivatives are dear, so only of the group; the rest in one go.
         key = tuple(names) if self.is_dear(name, names) else self._names
         if (name, key) not in self._variances:
-            self._variances[name, key] = mean_label_variance(self._batch, name, key)
+            self._variances[name, key] = mean_label_variance(self._batch, name, key, self._sketch)
         return _mean(self._variances[name, key], names)
 
 
@@ -225,44 +223,56 @@ class _ByEfficiency(_Judge):
         return self.floor(name, names) + self.bound(name, names) * self.cost(name, names)
 
     def floor(self, name: str, names: Sequence[str]) -> float:
-        return _mean(self._input_bound, names) * self.cost(name, names)
+        return _mean(self._first.over_inputs, names) * self.cost(name, names)
 
 
 _CRITERIA: dict[str, type[_Judge]] = {"bound": _ByBound, "exact": _ByVariance, "efficiency": _ByEfficiency}
 
 
-def _first_derivatives(
-    batch: Batch, names: tuple[str, ...]
-) -> tuple[int, dict[str, int], Diagonal, dict[str, Diagonal]]:
-    """What one pass tells: number of outputs, Hessian costs, Lemma 4.8's bound, bounds of I1 and hutchinson."""
-    over_inputs = batch.zeros(names)
-    bounds = {name: batch.zeros(names) for name in ("I1", "hutchinson")}
+class _FirstDerivatives(NamedTuple):
+    """What one pass tells, all averages over the batch.
+
+    Attributes:
+        outputs: T.
+        costs: Backward passes of each parameter's Hessian diagonal.
+        over_inputs: Lemma 4.8's bound.
+        bounds: Those on the label variance of I1 and hutchinson.
+    """
+
+    outputs: int
+    costs: dict[str, int]
+    over_inputs: Diagonal
+    bounds: dict[str, Diagonal]
+
+
+def _first_derivatives(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> _FirstDerivatives:
     outputs, costs = 0, dict.fromkeys(names, 0)
+    totals: dict[str, Diagonal] = {name: batch.zeros(names) for name in ("I1", "inputs")}
     for through, h, _ in batch.chunks(names):
-        outputs, costs = h.shape[1], {name: through.hessian_cost(name) for name in names}
-        fourth = squared(_squared_norm(through, h))
-        largest = largest_eigenvalue(batch.likelihood, h, tight=_is_small(h))
-        accumulate(over_inputs, weighed(fourth, largest.square()))
-        for name, total in bounds.items():
-            accumulate(total, weighed(fourth, bound_factor(batch.likelihood, h, name, tight=_is_small(h))))
-    average = {name: {n: v / len(batch) for n, v in total.items()} for name, total in bounds.items()}
-    return outputs, costs, {n: v / len(batch) for n, v in over_inputs.items()}, average
+        outputs, costs = h.shape[1], {name: through.hessian_cost(name, sketch) for name in names}
+        factors = {
+            "I1": bound_factor(batch.likelihood, h, "I1", tight=_is_small(h)),
+            "inputs": largest_eigenvalue(batch.likelihood, h, tight=_is_small(h)).square(),
+        }
+        for key, factor in factors.items():
+            add(totals[key], weighed_norms(through, _directions(h), factor, "I1"))
+    squared_score, inputs = ({name: value / len(batch) for name, value in total.items()} for total in totals.values())
+    hutchinson = {name: hutchinson_factor(outputs) * value for name, value in inputs.items()}
+    return _FirstDerivatives(outputs, costs, inputs, {"I1": squared_score, "hutchinson": hutchinson})
 
 
-def _squared_norm(through: Pass, h: Tensor) -> Diagonal:
-    if _is_small(h):
-        return squared_norm_per_input(through, h)
-    return through.squared_vjp(_probes(h), per_input=True)
-
-
-def _curvature_bound(batch: Batch, names: tuple[str, ...]) -> Diagonal:
-    """The bound on V2, Eq. 9."""
+def _curvature_bound(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> Diagonal:
+    """The bound on V2, Eq. 9; of the sketch, where it is one, its own variance included."""
     total = batch.zeros(names)
     for through, h, _ in batch.chunks(names):
-        columns = unit_columns(h) if _is_small(h) else _probes(h)
         factor = bound_factor(batch.likelihood, h, "I2", tight=_is_small(h))
-        accumulate(total, weighed(curvature_norm_per_input(through, columns), factor))
+        add(total, weighed_norms(through, _directions(h), factor, "I2", sketch))
     return {name: value / len(batch) for name, value in total.items()}
+
+
+def _directions(h: Tensor) -> Tensor:
+    """Vectors with ``sum_k c_k c_k^T = I``: the unit vectors, or random ones in their place."""
+    return unit_columns(h) if _is_small(h) else _probes(h)
 
 
 def _is_small(h: Tensor) -> bool:

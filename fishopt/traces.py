@@ -17,7 +17,7 @@ from fishopt.batch import Batch, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass
-from fishopt.variance import SIDES, bound_factor, squared, squared_norm_per_input, weighed
+from fishopt.variance import SIDES, bound_factor, squared_norm_per_input
 
 QUANTITIES = ("fisher", "I1", "I2")
 
@@ -66,7 +66,7 @@ def trace_bound(
     totals = {}
     for group, names in members.items():
         total = torch.zeros(())
-        for through, h, _ in batch.chunks(names):
+        for through, h, _ in batch.chunks(names, per_input=True):
             if quantity == "I1":
                 value = _quartic_trace(through, batch.likelihood, h, side)
             else:
@@ -90,8 +90,8 @@ def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectru
 
 def _quartic_trace(through: Pass, likelihood: Likelihood, h: Tensor, side: str) -> Tensor:
     factor = bound_factor(likelihood, h, "I1", side, tight=True)
-    norms = squared_norm_per_input(through, h)
-    return _total(weighed(squared(norms), factor))
+    norms = _flat(squared_norm_per_input(through, h))
+    return norms.square().sum(1) * factor
 
 
 def _jacobian_gram(through: Pass, h: Tensor) -> Tensor:

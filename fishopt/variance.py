@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, checked_option, checked_samples
 from fishopt.likelihoods import Interval, Likelihood, unit_columns
-from fishopt.passes import Diagonal, Pass
+from fishopt.passes import Diagonal, Pass, Sketch, add
 
 SAMPLED = ("I1", "I2", "hutchinson", "exact")
 """Estimators with labels from the model, whose label variance has a closed form."""
@@ -18,61 +18,50 @@ SAMPLED = ("I1", "I2", "hutchinson", "exact")
 SIDES = ("lower", "upper")
 
 
-# --- one value per input, [N, *shape] -------------------------------------------------------------------------------
-
-
 def fisher_per_input(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
-    """I(theta_i | x), Eq. 4."""
+    """I(theta_i | x), Eq. 4: ``[N, *shape]``."""
     return through.squared_vjp(likelihood.factor(h), per_input=True)
 
 
 def squared_norm_per_input(through: Pass, h: Tensor) -> Diagonal:
-    """``|d_i h|^2``."""
+    """``|d_i h|^2``: ``[N, *shape]``."""
     return through.squared_vjp(unit_columns(h), per_input=True)
 
 
-def curvature_norm_per_input(through: Pass, columns: Tensor) -> Diagonal:
-    """``sum_k r(columns[k])^2``: V2 (Eq. 6) for the columns of S, ``|d_i^2 h|^2`` for unit columns."""
-    return _sum(squared(through.hessian_diagonal(column, per_input=True)) for column in columns)
+# --- sums over inputs of one value per input ---
 
 
-def _v1(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+def _v1(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
     """Eq. 5: ``d_i h`` four times into M = K - I (x) I."""
     quartic = likelihood.quartic(h)
-    fisher = squared(fisher_per_input(through, likelihood, h))
-    total = {name: quartic.multiple * value for name, value in fisher.items()}
+    total: Diagonal = {}
+    if quartic.multiple:
+        add(total, through.fourth_vjp(likelihood.factor(h)[None], torch.full_like(h.mT[:1], quartic.multiple)))
     if quartic.weights.any():
-        fourth = _fourth_powers(through, quartic.columns, quartic.weights)
-        total = {name: value + fourth[name] for name, value in total.items()}
+        add(total, through.fourth_vjp(quartic.columns[:, None], quartic.weights))
     # A variance: what rounding leaves below zero where it cancels is rounding.
     return {name: value.clamp_min(0) for name, value in total.items()}
 
 
-def _v2(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
-    return curvature_norm_per_input(through, likelihood.factor(h))
+def _v2(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
+    """Eq. 6: the sum over the columns of S of r^2."""
+    columns = likelihood.factor(h)
+    return through.hessian_square(columns, torch.ones_like(columns[..., 0]), sketch=sketch)
 
 
-def _hutchinson(through: Pass, likelihood: Likelihood, h: Tensor) -> Diagonal:
+def _hutchinson(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
     """``2 (|u|^4 - sum_a u_a^4)``, ``u = S^T d_i h``: the variance of (u^T eps)^2 over random signs."""
     columns = likelihood.factor(h)
-    fisher = squared(fisher_per_input(through, likelihood, h))
-    fourth = _fourth_powers(through, columns, torch.ones_like(columns[..., 0]))
+    ones = torch.ones_like(columns[..., 0])
+    fisher, fourth = through.fourth_vjp(columns[None], ones[:1]), through.fourth_vjp(columns[:, None], ones)
     return {name: 2 * (value - fourth[name]).clamp_min(0) for name, value in fisher.items()}
 
 
-_LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor], Diagonal]] = {
+_LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor, Sketch | None], Diagonal]] = {
     "I1": _v1,
     "I2": _v2,
     "hutchinson": _hutchinson,
 }
-
-
-def _fourth_powers(through: Pass, columns: Tensor, weights: Tensor) -> Diagonal:
-    """``sum_k weights[k] q(columns[k])^2``."""
-    return _sum(
-        weighed(squared(through.squared_vjp(column[None], per_input=True)), w)
-        for column, w in zip(columns, weights, strict=True)
-    )
 
 
 # --- averages over the batch ---
@@ -100,12 +89,14 @@ def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator:
     return mean_label_variance(Batch.of(model, inputs, likelihood), estimator)
 
 
-def mean_label_variance(batch: Batch, estimator: str, names: Sequence[str] | None = None) -> Diagonal:
-    """`label_variance` of a checked batch, for some of its parameters."""
+def mean_label_variance(
+    batch: Batch, estimator: str, names: Sequence[str] | None = None, sketch: Sketch | None = None
+) -> Diagonal:
+    """`label_variance` of a checked batch, for some of its parameters; with a sketch, its own variance included."""
     names = batch.names if names is None else names
     total = batch.zeros(names)
     for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names)):  # no names for "exact"
-        accumulate(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h))
+        add(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h, sketch))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -151,11 +142,17 @@ def variance_bound(
     total = batch.zeros(batch.names)
     for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names)):
         value = bound_factor(batch.likelihood, h, estimator, side, tight=tight)
-        if estimator == "I2":
-            accumulate(total, weighed(curvature_norm_per_input(through, unit_columns(h)), value))
-        else:
-            accumulate(total, weighed(squared(squared_norm_per_input(through, h)), value))
+        add(total, weighed_norms(through, unit_columns(h), value, estimator))
     return {name: value / len(batch) for name, value in total.items()}
+
+
+def weighed_norms(
+    through: Pass, units: Tensor, weights: Tensor, estimator: str, sketch: Sketch | None = None
+) -> Diagonal:
+    """The sum over inputs of ``|d_i h|^4`` (I1, hutchinson) or ``|d_i^2 h|^2`` (I2), times ``weights`` ``[N]``."""
+    if estimator == "I2":
+        return through.hessian_square(units, weights.expand(len(units), -1), sketch=sketch)
+    return through.fourth_vjp(units[None], weights[None])
 
 
 def bound_factor(likelihood: Likelihood, h: Tensor, estimator: str, side: str = "upper", *, tight: bool) -> Tensor:
@@ -165,7 +162,12 @@ def bound_factor(likelihood: Likelihood, h: Tensor, estimator: str, side: str = 
     largest = largest_eigenvalue(likelihood, h, tight=tight)
     if estimator == "I2":
         return largest if side == "upper" else likelihood.covariance_spectrum(h).lower
-    return 2 * (1 - 1 / h.shape[1]) * largest.square() * (side == "upper")
+    return hutchinson_factor(h.shape[1]) * largest.square() * (side == "upper")
+
+
+def hutchinson_factor(outputs: int) -> float:
+    """The bound on hutchinson's label variance over Lemma 4.8's on the variance over inputs [ours]."""
+    return 2 * (1 - 1 / outputs)
 
 
 def largest_eigenvalue(likelihood: Likelihood, h: Tensor, *, tight: bool) -> Tensor:
@@ -190,7 +192,8 @@ def fisher_bound(
             if upper
             else batch.likelihood.covariance_spectrum(h).lower
         )
-        accumulate(total, weighed(squared_norm_per_input(through, h), value))
+        # A weight per input goes into the cotangents, as its root.
+        add(total, through.squared_vjp(unit_columns(h) * value.clamp_min(0).sqrt()[:, None]))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -203,7 +206,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     total = batch.zeros(batch.names)
     for through, h, _ in batch.chunks(batch.names):
         value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
-        accumulate(total, weighed(squared(squared_norm_per_input(through, h)), value))
+        add(total, through.fourth_vjp(unit_columns(h)[None], value[None]))
     return {name: value / len(batch) for name, value in total.items()}
 
 
@@ -253,7 +256,7 @@ def joint_variance(
 def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
     """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
     count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names):
+    for through, h, _ in batch.chunks(batch.names, per_input=True):
         new = count + len(h)
         for name, value in per_input(through, batch.likelihood, h).items():
             center = value.mean(0)
@@ -262,33 +265,6 @@ def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, T
             mean[name] += gap * (len(h) / new)
         count = new
     return {name: value / count for name, value in spread.items()}
-
-
-# --- small arithmetic on diagonals ---
-
-
-def accumulate(total: Diagonal, per_input: Diagonal) -> None:
-    """Adds the sum over inputs to ``total``, in place."""
-    for name, value in per_input.items():
-        total[name] += value.sum(0)
-
-
-def weighed(per_input: Diagonal, weights: Tensor) -> Diagonal:
-    """Each input's values times its weight, ``[N]``."""
-    return {name: value * weights.reshape(-1, *[1] * (value.ndim - 1)) for name, value in per_input.items()}
-
-
-def squared(diagonal: Diagonal) -> Diagonal:
-    """The square of every entry."""
-    return {name: value.square() for name, value in diagonal.items()}
-
-
-def _sum(diagonals: Any) -> Diagonal:
-    total: Diagonal = {}
-    for diagonal in diagonals:
-        for name, value in diagonal.items():
-            total[name] = total[name] + value if name in total else value
-    return total
 
 
 def _side(interval: Interval, side: str) -> Tensor:

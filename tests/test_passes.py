@@ -8,8 +8,8 @@ from torch import nn
 
 import fishopt
 from fishopt.passes import Shadow, open_pass
-from fishopt.passes.backpack import BackpackPass, covers
 from fishopt.passes.functional import FunctionalPass
+from fishopt.passes.hooked import HookedPass, covers
 from tests.asserts import assert_close
 from tests.cases import CASES, Case
 from tests.reference import derivatives
@@ -35,12 +35,12 @@ def _columns(n, t, k=2):
     return torch.randn(k, n, t, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("engine", [BackpackPass, FunctionalPass])
+@pytest.mark.parametrize("engine", [HookedPass, FunctionalPass])
 @pytest.mark.parametrize("case", CATEGORICAL, ids=str)
 def test_primitives_by_definition(case, engine):
     model, inputs, _ = case.build()
     shadow = Shadow(model)
-    if engine is BackpackPass and not covers(shadow, inputs, shadow.names):
+    if engine is HookedPass and not covers(shadow, inputs, shadow.names):
         assert case.network not in HOOKABLE
         return
     d = derivatives(model, inputs)

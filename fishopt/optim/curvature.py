@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, NonFiniteError, checked_inputs
-from fishopt.estimators import Draw, Estimator, by_structure, estimate
+from fishopt.estimators import Draw, Plan, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim.recorder import Record
@@ -134,14 +134,15 @@ class Curvature:
         rows = torch.randperm(len(inputs[0]), generator=self._generator, device=device)[: self._refresh_inputs]
         batch = Batch(self._shadow, tuple(x[rows.to(x.device)] for x in inputs), self._likelihood)
         self._select(batch, units, wanted, step)
-        plan: dict[Estimator, list[str]] = defaultdict(list)
+        members: dict[str, list[str]] = defaultdict(list)
         for unit, names in units.items():
-            for rule, part in by_structure(self.estimator_of(unit, wanted), names, batch.structure):
-                plan[rule].extend(part)
-        draw = Draw(1, self._generator, residuals=None if residuals is None else residuals[rows.to(residuals.device)])
-        diagonal: Diagonal = {}
-        for rule, part_names in plan.items():
-            diagonal.update(estimate(batch, rule, part_names, draw))
+            members[self.estimator_of(unit, wanted)].extend(names)
+        plan: Plan = {}
+        for estimator, listed in members.items():
+            for rule, part in by_structure(estimator, listed, batch.structure).items():
+                plan[rule] = (*plan.get(rule, ()), *part)
+        some = None if residuals is None else residuals[rows.to(residuals.device)]
+        diagonal = estimate(batch, plan, Draw(1, self._generator, residuals=some, exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             return None
         scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
@@ -188,7 +189,7 @@ class Curvature:
         size = sum(p.numel() for p in batch.shadow.parameters.values())
         count = max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1)))
         few = Batch(batch.shadow, tuple(x[:count] for x in batch.inputs), self._likelihood)
-        chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion])
+        chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
         self.choices = {choice.group: choice for choice in chosen}
         self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
         self._next_selection = max(FIRST_INTERVAL, 2 * step)

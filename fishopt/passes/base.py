@@ -5,22 +5,48 @@ Every estimator, variance and bound of this package is made of these two, with o
     squared VJP         q_i(c) = ((d h / d theta_i)^T c)^2
     Hessian diagonal    r_i(c) = sum_a c_a d^2 h_a / d theta_i^2
 
-A new way through the network is one subclass of `Pass`.
+and of their squares, summed over inputs. A new way through the network is one subclass of `Pass`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 Diagonal = dict[str, Tensor]
 """Parameter name -> tensor of the parameter's shape, or ``[N, *shape]`` for one per input."""
 
 
+SKETCH_COST = 4
+"""Backward passes of a product with the Hessian, about: there, and back through the way there."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Leave to estimate a Hessian diagonal, without bias, where its exact value is dear.
+
+    Random signs ``v`` at what a layer puts out, one for each input and unit, give ``v (H v)``: the diagonal of the
+    Hessian ``H`` plus noise of mean zero, whose variance is the sum of squares of the row's other entries. It takes a
+    few backward passes whatever the width.
+
+    Attributes:
+        generator: The source of the signs; torch's global one if None.
+        exact_up_to: Backward passes that an exact value may take before it is sketched.
+    """
+
+    generator: torch.Generator | None = None
+    exact_up_to: int = 256
+
+
 class Pass(ABC):
     """One batch, taken forward once; a context manager, since it holds activations. One pass per shadow at a time.
+
+    ``names`` in its methods are the parameters that are asked for; all that the pass covers if None.
 
     Attributes:
         outputs: The network's output, ``[N, ...]``, detached.
@@ -40,23 +66,88 @@ class Pass(ABC):
         """Lets go of the activations."""
 
     @abstractmethod
-    def squared_vjp(self, columns: Tensor, *, per_input: bool = False) -> Diagonal:
+    def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         """``sum_k q(columns[k])``, summed over inputs too unless ``per_input``.
 
         Args:
             columns: Cotangents of shape ``[K, N, T]``, T the number of outputs per input.
+            names: The parameters.
             per_input: Return one value per input, ``[N, *shape]``.
         """
 
     @abstractmethod
-    def hessian_diagonal(self, cotangent: Tensor, *, per_input: bool = False) -> Diagonal:
+    def hessian_diagonal(
+        self,
+        cotangent: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        per_input: bool = False,
+        sketch: Sketch | None = None,
+    ) -> Diagonal:
         """``r(cotangent)``, summed over inputs unless ``per_input``.
 
         Args:
             cotangent: Of shape ``[N, T]``; ``r`` is linear in it, so several labels go in as their mean.
+            names: The parameters.
             per_input: Return one value per input, ``[N, *shape]``.
+            sketch: Permission to estimate what is dear; exact throughout if None.
         """
 
     @abstractmethod
-    def hessian_cost(self, name: str) -> int:
+    def hessian_cost(self, name: str, sketch: Sketch | None = None) -> int:
         """About how many backward passes the Hessian diagonal of one parameter takes, for decisions by cost."""
+
+    def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        """``sum_s sum_n weights[s, n] (sum_m q_n(columns[s, m]))^2``: squares per input, summed over the inputs.
+
+        Args:
+            columns: Cotangents of shape ``[S, M, N, T]``.
+            weights: ``[S, N]``, of any sign.
+            names: The parameters.
+        """
+        total: Diagonal = {}
+        for group, w in zip(columns, weights, strict=True):
+            add(total, _weighed_squares(self.squared_vjp(group, names=names, per_input=True), w))
+        return total
+
+    def hessian_square(
+        self,
+        columns: Tensor,
+        weights: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        sketch: Sketch | None = None,
+    ) -> Diagonal:
+        """``sum_s sum_n weights[s, n] r_n(columns[s])^2``.
+
+        With a sketch its own variance is part of the value: the mean of a noisy square is the square plus the variance.
+
+        Args:
+            columns: Cotangents of shape ``[S, N, T]``.
+            weights: ``[S, N]``.
+            names: The parameters.
+            sketch: As in `hessian_diagonal`.
+        """
+        total: Diagonal = {}
+        for column, w in zip(columns, weights, strict=True):
+            r = self.hessian_diagonal(column, names=names, per_input=True, sketch=sketch)
+            add(total, _weighed_squares(r, w))
+        return total
+
+
+def add(total: Diagonal, found: Diagonal) -> Diagonal:
+    """Adds ``found`` to ``total``, in place of it where a name is there already."""
+    for name, value in found.items():
+        total[name] = total[name] + value if name in total else value
+    return total
+
+
+def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random signs from ``generator``, wherever it lives, with ``like``'s type and device."""
+    device = like.device if generator is None else generator.device
+    drawn = torch.randint(0, 2, tuple(shape), generator=generator, device=device)
+    return drawn.to(like).mul_(2).sub_(1)
+
+
+def _weighed_squares(per_input: Diagonal, weights: Tensor) -> Diagonal:
+    return {name: torch.tensordot(weights, value.square(), dims=1) for name, value in per_input.items()}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from fishopt.passes.base import Diagonal, Pass
+from fishopt.passes.base import SKETCH_COST, Diagonal, Pass, Sketch, signs
 from fishopt.passes.shadow import Shadow
 
 MAX_ELEMENTS = 2**26
-"""Numbers that one chunk of Hessian rows may hold at a time."""
+"""Numbers that one chunk of per-input derivatives may hold."""
 
 Parameters = dict[str, Tensor]
 
@@ -37,23 +37,70 @@ class FunctionalPass(Pass):
         with torch.no_grad():
             self.outputs = self._module(*inputs).detach()
 
-    def squared_vjp(self, columns: Tensor, *, per_input: bool = False) -> Diagonal:
-        total = {name: p.new_zeros((len(self.outputs), *p.shape)) for name, p in self._wanted.items()}
-        for column in columns:
-            gradients = _over_inputs(
-                lambda c, *x: grad(self._inner_product)(self._wanted, c, *x), column, *self._inputs
-            )
-            for name, g in gradients.items():
-                total[name] += g.detach().square()
-        return total if per_input else {name: q.sum(0) for name, q in total.items()}
+    def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
+        wanted = self._some(names)
 
-    def hessian_diagonal(self, cotangent: Tensor, *, per_input: bool = False) -> Diagonal:
-        per = {name: self._hessian_diagonal_of(name, cotangent) for name in self.names}
-        return per if per_input else {name: r.sum(0) for name, r in per.items()}
+        def squares(c: Tensor, *x: Tensor) -> Parameters:
+            gradients = [grad(self._inner_product)(wanted, one, *x) for one in c.unbind(0)]
+            return {name: torch.stack([g[name].square() for g in gradients]).sum(0) for name in wanted}
 
-    def hessian_cost(self, name: str) -> int:
+        return self._in_chunks(squares, columns.transpose(0, 1), wanted, per_input=per_input)
+
+    def hessian_diagonal(
+        self,
+        cotangent: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        per_input: bool = False,
+        sketch: Sketch | None = None,
+    ) -> Diagonal:
+        wanted = self._some(names)
+        exact = [name for name in wanted if sketch is None or self.hessian_cost(name) <= sketch.exact_up_to]
+        per = {name: self._hessian_diagonal_of(name, cotangent) for name in exact}
+        total = per if per_input else {name: r.sum(0) for name, r in per.items()}
+        rest = {name: p for name, p in wanted.items() if name not in per}
+        if rest and sketch is not None:
+            total.update(self._sketched(cotangent, rest, sketch, per_input=per_input))
+        return total
+
+    def _sketched(self, cotangent: Tensor, wanted: Parameters, sketch: Sketch, *, per_input: bool) -> Diagonal:
+        """Signs for the parameters themselves: of what a module puts out nothing is known here."""
+        count = len(cotangent)
+        v = [signs((count, *p.shape), p, sketch.generator) for p in wanted.values()]
+
+        def product(c: Tensor, *rest: Tensor) -> Parameters:
+            drawn, x = dict(zip(wanted, rest[: len(v)], strict=True)), rest[len(v) :]
+
+            def gradient(p: Parameters) -> Parameters:
+                full = grad(self._inner_product)({**self._wanted, **p}, c, *x)
+                return {name: full[name] for name in wanted}
+
+            (moved,) = vjp(gradient, wanted)[1](drawn)
+            return {name: moved[name] * sign for name, sign in drawn.items()}
+
+        return self._in_chunks(product, cotangent, wanted, *v, per_input=per_input)
+
+    def hessian_cost(self, name: str, sketch: Sketch | None = None) -> int:
         # One product with the Hessian, itself about two backward passes, for every entry.
-        return 2 * self._wanted[name].numel()
+        cost = 2 * self._wanted[name].numel()
+        return cost if sketch is None or cost <= sketch.exact_up_to else SKETCH_COST
+
+    def _some(self, names: Sequence[str] | None) -> Parameters:
+        return self._wanted if names is None else {name: self._wanted[name] for name in names}
+
+    def _in_chunks(
+        self, function: Callable[..., Parameters], c: Tensor, wanted: Parameters, *also: Tensor, per_input: bool
+    ) -> Diagonal:
+        """``function`` for each input: ``[N, *shape]``, or the sum, never with more inputs at a time than fit."""
+        size = sum(p.numel() for p in wanted.values())
+        step = max(1, MAX_ELEMENTS // max(size, 1))
+        parts = []
+        for start in range(0, len(c), step):
+            rows = slice(start, start + step)
+            found = _over_inputs(function, c[rows], *(x[rows] for x in also), *(x[rows] for x in self._inputs))
+            parts.append({name: q.detach() if per_input else q.detach().sum(0) for name, q in found.items()})
+        join = torch.cat if per_input else _total
+        return {name: join([part[name] for part in parts]) for name in wanted}
 
     def _inner_product(self, parameters: Parameters, c: Tensor, *x: Tensor) -> Tensor:
         """``<c, h(x)>`` for one input."""
@@ -91,6 +138,10 @@ class FunctionalPass(Pass):
                 return torch.stack([reverse_over_reverse(unit) for unit in units])
 
         return of_one_input
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
 
 
 def _over_inputs(function: Callable[..., Any], *batched: Tensor) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,20 @@ _PIECEWISE = {
     *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "Maximum", "Minimum", "PreluKernel"),
     *("Hardsigmoid", "Where"),
 }
+# Those of the above that keep coordinates apart: each entry of the output depends on one entry of each operand.
+_COORDINATEWISE = _PIECEWISE | {
+    *("Add", "Sub", "Neg", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"),
+    *("Expand", "Cat", "Stack", "Slice", "Select", "Clone", "Alias", "Split", "Unbind", "SplitWithSizes", "Flip"),
+    *("Roll", "Repeat", "ConstantPadNd", "PixelShuffle", "ToCopy", "Mul", "NativeBatchNorm", "Div"),
+}
+# Smooth functions of single entries.
+_SMOOTH = {
+    *("Sigmoid", "Tanh", "Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid", "Exp", "Log", "Pow", "Sqrt"),
+    *("Sin", "Cos", "Erf", "Square", "Reciprocal", "Log1P", "Expm1", "Atan"),
+}
+# Of these each entry of the output comes from one operand.
+_JOINS = {"Cat", "Stack", "Where", "Maximum", "Minimum"}
+_WEIGHT_VIEWS = {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"}
 _TRANSPARENT = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"}
 
 
@@ -44,14 +58,20 @@ class Structure:
         piecewise: Those in which ``h`` is affine almost everywhere, entry by entry; includes `affine`. V2 = 0.
         separable: Those whose entries each move one output only (weight and bias of a last linear layer). There the
             exact Fisher diagonal takes a single cotangent, the root of the diagonal of I(h|x).
+        diagonal: Those of a module with nothing but one smooth function of single entries, and then affine maps,
+            between its output and ``h``: the second derivatives of ``h`` in that output are a diagonal matrix
+            (Remark 4.5).
         hookable: Those used once, by their own module, called once with one row per input: what module hooks can see.
+        activations: Numbers per input that the modules with parameters put out.
     """
 
     names: tuple[str, ...]
     affine: frozenset[str]
     piecewise: frozenset[str]
     separable: frozenset[str]
+    diagonal: frozenset[str]
     hookable: frozenset[str]
+    activations: int
 
 
 def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) -> Structure:
@@ -70,7 +90,8 @@ def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) 
     # Fresh leaves: what else needs a gradient in the graph is reached past the module tree, by a list or a closure.
     leaves = {name: p.detach().requires_grad_() for name, p in own.items()}
     calls: dict[nn.Module, list[bool]] = defaultdict(list)
-    handles = [m.register_forward_hook(_recorder(calls, inputs)) for m in module.modules() if any(m._parameters)]
+    sizes: list[int] = []
+    handles = [m.register_forward_hook(_recorder(calls, sizes, inputs)) for m in module.modules() if any(m._parameters)]
     owner_of = {name: _owner(module, name) for name in names}
     try:
         module.requires_grad_(True)
@@ -103,7 +124,9 @@ def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) 
         affine=where(graph.reached & ~(graph.curved | graph.kinked)),
         piecewise=where(graph.reached & ~graph.curved),
         separable=where(graph.separable),
+        diagonal=where(graph.curved & ~graph.crossed),
         hookable=frozenset(name for name in where(graph.used_once) if calls[owner_of[name]] == [True]),
+        activations=sum(sizes),
     )
 
 
@@ -123,10 +146,12 @@ def _check_outputs(outputs: Any) -> None:
         )
 
 
-def _recorder(calls: dict[nn.Module, list[bool]], inputs: tuple[Any, ...]) -> Any:
+def _recorder(calls: dict[nn.Module, list[bool]], sizes: list[int], inputs: tuple[Any, ...]) -> Any:
     rows = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), None)
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() // max(rows or 1, 1))
         calls[module].append(
             len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].shape[0] == rows
         )
@@ -134,14 +159,29 @@ def _recorder(calls: dict[nn.Module, list[bool]], inputs: tuple[Any, ...]) -> An
     return record
 
 
+class _Path(NamedTuple):
+    """What lies between parameters and a node of the graph, as bit masks.
+
+    Attributes:
+        fresh: Parameters that came here by views alone: what uses them next is their module.
+        mixed: Those whose module's output has had its entries mixed.
+        bent: Those whose module's output has gone through a smooth function.
+    """
+
+    fresh: int = 0
+    mixed: int = 0
+    bent: int = 0
+
+
 class _Graph:
     """The autograd graph below ``outputs``; sets of parameters are bit masks."""
 
     def __init__(self, outputs: Tensor, bits: dict[int, int]) -> None:
-        self.curved = self.kinked = self.separable = self.reached = 0
+        self.curved = self.kinked = self.separable = self.reached = self.crossed = 0
         self.has_strangers = False
         self._bits = bits
         self._below: dict[Any, int] = {}
+        self._paths: dict[Any, _Path] = {}
         self._uses: dict[int, int] = defaultdict(int)
         if outputs.grad_fn is not None:
             for node in _children_first(outputs.grad_fn):
@@ -168,6 +208,36 @@ class _Graph:
         elif kind != "AccumulateGrad":
             self.curved |= everything
         self._below[node] = everything | self._bit(node)
+        self._follow(node, kind)
+
+    def _follow(self, node: Any, kind: str) -> None:
+        """Whether second derivatives in a module's output can mix its entries: they are then `crossed`."""
+        if bit := self._bit(node):
+            self._paths[node] = _Path(fresh=bit)
+            return
+        paths = [self._paths[child] for child, _ in node.next_functions if child is not None]
+        fresh, mixed, bent = (_union(getattr(path, part) for path in paths) for part in ("fresh", "mixed", "bent"))
+        if kind in _WEIGHT_VIEWS and len(paths) == 1:
+            self._paths[node] = paths[0]
+            return
+        active = [
+            0 if child is None else self._below[child] & ~self._paths[child].fresh for child, _ in node.next_functions
+        ]
+        entries = _union(active)
+        if kind in _SMOOTH and not fresh:
+            self.crossed |= entries & (mixed | bent) | (entries if sum(map(bool, active)) > 1 else 0)
+            bent |= entries
+        elif getattr(node, "_saved_training", False) or (kind == "Div" and any(active[1:])):
+            self.crossed |= entries | fresh
+        elif kind in {"Add", "Sub"}:
+            mixed |= _overlap(active)
+        elif kind in _LINEAR | _PIECEWISE | {"Div"}:
+            # A product of two activations has second derivatives in the one and the other.
+            self.crossed |= entries if sum(map(bool, active)) > 1 and kind not in _JOINS else 0
+            mixed |= 0 if kind in _COORDINATEWISE else entries
+        elif kind != "AccumulateGrad":
+            self.crossed |= entries | fresh
+        self._paths[node] = _Path(mixed=mixed, bent=bent)
 
     def _bit(self, node: Any) -> int:
         if node is None or not hasattr(node, "variable"):

@@ -1,0 +1,296 @@
+"""The pass through module hooks: first derivatives of any network whose modules have rules, in plain torch.
+
+A forward hook keeps what came into each module and where its output stands in the autograd graph; one backward pass
+brings the cotangents there, and the module's rule does the rest. No weight's gradient is computed on the way, and the
+graph reaches no deeper than the lowest module that is asked for. Against hooks on every module's backward this spares
+most of the time of a small network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fishopt.passes.backpack import Chain
+from fishopt.passes.base import SKETCH_COST, Diagonal, Pass, Sketch, add, signs
+from fishopt.passes.functional import FunctionalPass
+from fishopt.passes.gradients import (
+    SQUARES,
+    VALUE,
+    Reduction,
+    fourth_powers,
+    products,
+    weighted_product_squares,
+    weighted_squares,
+)
+from fishopt.passes.rules import Rule, rule_for
+from fishopt.passes.shadow import Shadow
+
+MAX_COTANGENTS = 2**22
+"""Numbers at the modules' outputs that one batched backward may bring; at least three columns go together."""
+
+BATCHED_UP_TO = 2**20
+"""Above so many numbers per column vmap gains nothing over one backward for each."""
+
+
+class Call(NamedTuple):
+    """One module's call: its rule, its input, that input's version, and its output's place in the graph."""
+
+    module: nn.Module
+    rule: Rule
+    a: Tensor
+    version: int
+    edge: GradientEdge
+    shape: torch.Size
+
+
+def covers(shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> bool:
+    """Whether this pass is right for the parameters ``names`` of this network."""
+    if not shadow.structure(inputs).hookable.issuperset(names):
+        return False
+    # Other names than these are what a reparametrisation, such as weight_norm's, makes the weight of.
+    return all(
+        rule_for(shadow.module.get_submodule(path)) is not None and own in {"weight", "bias"}
+        for path, own in map(_split, names)
+    )
+
+
+class HookedPass(Pass):
+    """Both primitives from the cotangents at the modules' outputs.
+
+    Args:
+        shadow: The network; `covers` must hold.
+        inputs: Its positional arguments, tensors with one row per input.
+        names: The parameters to differentiate. The backward pass goes no deeper than the lowest of them.
+    """
+
+    def __init__(self, shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._shadow = shadow
+        self._inputs = inputs
+        self._calls: dict[str, Call] = {}
+        owners = dict.fromkeys(_split(name)[0] for name in self.names)
+        handles = [shadow.module.get_submodule(path).register_forward_hook(self._recorder(path)) for path in owners]
+        try:
+            with torch.enable_grad():
+                self._graph: Tensor = shadow.module(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if any(call.a._version != call.version for call in self._calls.values()):
+            raise RuntimeError("the input of a module was changed in place after the module had used it")
+        self.outputs = self._graph.detach()
+
+    def close(self) -> None:
+        self._calls.clear()
+        del self._graph
+
+    # --- first derivatives ---
+
+    def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
+        total: Diagonal = {}
+        for cotangents in self._backward(columns, self._by_path(names)):
+            add(total, self._reduced(cotangents, names, SQUARES, per_input=per_input))
+        return total
+
+    def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        total: Diagonal = {}
+        groups, members = columns.shape[:2]
+        step = max(1, self._columns_at_once(self._by_path(names)) // members)
+        for start in range(0, groups, step):
+            some = slice(start, start + step)
+            flat = columns[some].flatten(0, 1)
+            cotangents = self._backward(flat, self._by_path(names), at_once=len(flat))
+            add(total, self._reduced(next(cotangents), names, fourth_powers(weights[some]), per_input=False))
+        return total
+
+    def _backward(
+        self, columns: Tensor, paths: Sequence[str], at_once: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Cotangents at the modules' outputs, ``[K, N, ...]`` by path, some of the columns at a time."""
+        edges = [self._calls[path].edge for path in paths]
+        columns = columns.reshape(len(columns), *self._graph.shape)
+        for part in columns.split(at_once or self._columns_at_once(paths)):
+            yield dict(zip(paths, self._vjp(part, edges, paths), strict=True))
+
+    def _vjp(self, columns: Tensor, edges: list[GradientEdge], paths: Sequence[str]) -> list[Tensor]:
+        size = sum(self._calls[path].shape.numel() for path in paths)
+        if len(columns) > 1 and size <= BATCHED_UP_TO:
+            with suppress(RuntimeError):  # an operation that vmap does not know
+                found = self._grad(columns, edges, is_grads_batched=True)
+                return self._filled(found, paths, len(columns))
+        singles = [self._filled(self._grad(c, edges), paths, None) for c in columns]
+        return (
+            [g[None] for g in singles[0]] if len(singles) == 1 else [torch.stack(g) for g in zip(*singles, strict=True)]
+        )
+
+    def _grad(self, cotangents: Tensor, edges: list[GradientEdge], **options: Any) -> Sequence[Tensor | None]:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            self._graph, edges, cotangents, retain_graph=True, allow_unused=True, **options
+        )
+        return found
+
+    def _filled(self, found: Sequence[Tensor | None], paths: Sequence[str], columns: int | None) -> list[Tensor]:
+        """Zeros where the output does not depend on a module's."""
+        leading = () if columns is None else (columns,)
+        return [
+            self._calls[path].a.new_zeros((*leading, *self._calls[path].shape)) if g is None else g
+            for path, g in zip(paths, found, strict=True)
+        ]
+
+    def _columns_at_once(self, paths: Sequence[str]) -> int:
+        size = sum(self._calls[path].shape.numel() for path in paths)
+        return max(3, MAX_COTANGENTS // max(size, 1))
+
+    # --- second derivatives ---
+
+    def hessian_diagonal(
+        self,
+        cotangent: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        per_input: bool = False,
+        sketch: Sketch | None = None,
+    ) -> Diagonal:
+        closed, sketched, exact = self._routes(names, sketch)
+        total: Diagonal = {}
+        if closed:
+            diagonal = self._closed(cotangent[None], closed)
+            total.update(self._reduced(diagonal, closed, VALUE, per_input=per_input, power=2))
+        if sketched:
+            probes = self._probed(cotangent[None], sketched, sketch)
+            total.update(self._reduced(probes, sketched, products(), per_input=per_input))
+        if exact:
+            total.update(self._exact(exact, cotangent, per_input=per_input))
+        return total
+
+    def hessian_square(
+        self,
+        columns: Tensor,
+        weights: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        sketch: Sketch | None = None,
+    ) -> Diagonal:
+        closed, sketched, exact = self._routes(names, sketch)
+        total: Diagonal = {}
+        if closed:
+            diagonal = self._closed(columns, closed)
+            reduction = weighted_squares(weights)
+            total.update(self._reduced(diagonal, closed, reduction, per_input=False, power=2))
+        if sketched:
+            probes = self._probed(columns, sketched, sketch)
+            total.update(self._reduced(probes, sketched, weighted_product_squares(weights), per_input=False))
+        if exact:
+            total.update(super().hessian_square(columns, weights, names=exact))
+        return total
+
+    def hessian_cost(self, name: str, sketch: Sketch | None = None) -> int:
+        if name in self._shadow.structure(self._inputs).diagonal:
+            return SKETCH_COST
+        cost = self._exact_costs[name]
+        return cost if sketch is None or cost <= sketch.exact_up_to else SKETCH_COST
+
+    def _routes(self, names: Sequence[str] | None, sketch: Sketch | None) -> tuple[list[str], list[str], list[str]]:
+        """Which parameters go by the closed form, by the sketch, and by the exact way.
+
+        Where nothing but one elementwise function and then affine maps lie above a layer's output ``z``, the Hessian in
+        ``z`` is diagonal (Remark 4.5) and one product with it, taken at a vector of ones, is all of it.
+        """
+        wanted = self.names if names is None else names
+        diagonal = self._shadow.structure(self._inputs).diagonal
+        closed = [name for name in wanted if name in diagonal]
+        rest = [name for name in wanted if name not in diagonal]
+        if sketch is None:
+            return closed, [], rest
+        sketched = [name for name in rest if self._exact_costs[name] > sketch.exact_up_to]
+        return closed, sketched, [name for name in rest if name not in sketched]
+
+    def _closed(self, columns: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        ones = {path: self._calls[path].a.new_ones(self._calls[path].shape) for path in self._by_path(names)}
+        found = [self._hessian_product(column, ones) for column in columns]
+        return {path: torch.stack([one[path] for one in found]) for path in ones}
+
+    def _probed(self, columns: Tensor, names: Sequence[str], sketch: Sketch | None) -> dict[str, Tensor]:
+        """Random signs and, after all of them, their products with the Hessian: ``[2 M, N, ...]``."""
+        generator = None if sketch is None else sketch.generator
+        paths = self._by_path(names)
+        calls = {path: self._calls[path] for path in paths}
+        drawn = [{path: signs(call.shape, call.a, generator) for path, call in calls.items()} for _ in columns]
+        found = [self._hessian_product(column, v) for column, v in zip(columns, drawn, strict=True)]
+        return {path: torch.stack([*(v[path] for v in drawn), *(hv[path] for hv in found)]) for path in paths}
+
+    def _hessian_product(self, cotangent: Tensor, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``H v``, H the Hessian of ``<cotangent, h>`` in shifts of the outputs of the modules that ``v`` names."""
+        edges = [self._calls[path].edge for path in v]
+        with torch.enable_grad():
+            first = self._grad(cotangent.reshape(self._graph.shape), edges, create_graph=True)
+        moving = [(g, u) for g, u in zip(first, v.values(), strict=True) if g is not None and g.requires_grad]
+        second: Sequence[Tensor | None] = [None] * len(v)
+        if moving:
+            second = torch.autograd.grad(
+                [g for g, _ in moving], edges, [u for _, u in moving], retain_graph=True, allow_unused=True
+            )
+        return dict(zip(v, self._filled(second, list(v), None), strict=True))
+
+    def _exact(self, names: list[str], cotangent: Tensor, *, per_input: bool) -> Diagonal:
+        if self._chain is not None:
+            with suppress(RuntimeError, AssertionError):
+                return self._chain.hessian_diagonal(self._inputs, names, cotangent, per_input=per_input)
+        functional = FunctionalPass(self._shadow, self._inputs, names)
+        return functional.hessian_diagonal(cotangent, per_input=per_input)
+
+    @cached_property
+    def _chain(self) -> Chain | None:
+        return Chain.of(self._shadow)
+
+    @cached_property
+    def _exact_costs(self) -> dict[str, int]:
+        if self._chain is not None:
+            return self._chain.hessian_costs(self._inputs, self.names)
+        # One product with the Hessian, itself about two backward passes, for every entry.
+        return {name: 2 * self._shadow.parameters[name].numel() for name in self.names}
+
+    # --- the calls ---
+
+    def _recorder(self, path: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            a = args[0].detach()
+            rule = rule_for(module)
+            if rule is not None:
+                self._calls[path] = Call(module, rule, a, a._version, get_gradient_edge(output), output.shape)
+
+        return record
+
+    def _by_path(self, names: Sequence[str] | None) -> list[str]:
+        return list(dict.fromkeys(_split(name)[0] for name in (self.names if names is None else names)))
+
+    def _reduced(
+        self,
+        cotangents: dict[str, Tensor],
+        names: Sequence[str] | None,
+        reduction: Reduction,
+        *,
+        per_input: bool,
+        power: int = 1,
+    ) -> Diagonal:
+        found = {}
+        for name in self.names if names is None else names:
+            path, own = _split(name)
+            call = self._calls[path]
+            gradients = call.rule(call.module, own, call.a, cotangents[path], power)
+            found[name] = gradients.reduced(reduction, per_input=per_input)
+        return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, own = name.rpartition(".")
+    return path, own
