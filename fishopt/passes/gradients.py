@@ -142,7 +142,10 @@ class Summed(PerInput):
         )
         if per_input:
             return torch.cat(list(parts)).reshape(self.count, *self.shape)
-        return torch.stack([part.sum(0) for part in parts]).sum(0).reshape(self.shape)
+        total = next(parts).sum(0)
+        for part in parts:
+            total += part.sum(0)
+        return total.reshape(self.shape)
 
     def _formed(self, rows: slice) -> Tensor:
         g, u = self._g(rows), self._u(rows)
