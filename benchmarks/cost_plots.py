@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def _overview(measured: Measured) -> Figure:
     figure = Figure(figsize=(15, 9.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1.25, 1))
+    upper, lower = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     if rows := measured.get("passes"):
         _passes(upper, rows)
     left, middle, right = lower.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
@@ -85,6 +87,7 @@ def _update(axis: Any, rows: list[Row]) -> None:
     axis.set_yscale("log")
     _plain(axis.yaxis)
     axis.set_xlabel("parameters")
+    axis.set_ylim(bottom=0.8)
     axis.set_title("step() without a refresh: time / AdamW fused (dashed)", fontsize=11)
     axis.legend(frameon=False, fontsize=9)
     _grid(axis, "both")
@@ -98,11 +101,9 @@ def _step(axis: Any, rows: list[Row]) -> None:
             place = problems.index(row.problem) + (i - 0.5) * width
             spread, share = row.ratio, row.extra["share"] * row.ratio.median
             error = [[spread.median - spread.low], [spread.high - spread.median]]
-            label = method if row.problem == problems[0] else None
-            axis.bar(
-                place, spread.median, width * 0.94, yerr=error, color=OPTIMIZERS[method], label=label, ecolor="0.2"
-            )
-            axis.bar(place, share, width * 0.94, bottom=spread.median - share, color="none", hatch="///", edgecolor="w")
+            style = {"color": OPTIMIZERS[method], "label": method if row.problem == problems[0] else None}
+            axis.bar(place, spread.median, 0.94 * width, yerr=error, ecolor="0.2", **style)
+            axis.bar(place, share, 0.94 * width, bottom=spread.median - share, color="none", hatch="///", edgecolor="w")
             axis.text(place, spread.high + 0.03, f"{spread.median:.2f}", ha="center", fontsize=9)
     axis.axhline(1, color="0.1", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(problems)), problems)
@@ -136,39 +137,42 @@ def _memory(axis: Any, rows: list[Row]) -> None:
 
 
 def _growth(rows: list[Row]) -> Figure:
-    figure = Figure(figsize=(12, 8.6), layout="constrained")
+    figure = Figure(figsize=(14, 8.2), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, what in zip(axes.flat, DEFAULTS, strict=True):
         mine = sorted((row for row in rows if row.problem == what), key=lambda row: row.size)
         for method, colour in LINES.items():
             found = [row for row in mine if row.method == method]
             style = {"linestyle": "--", "zorder": 3} if method == AUTO else {}
-            _line(axis, found, colour, f"{method}: size^{exponent(found):.2f}", **style)
+            _line(axis, found, colour, f"{method}: $size^{{{exponent(found):.2f}}}$", **style)
         _handover(axis, [row for row in mine if row.method == AUTO])
-        axis.set_xscale("log", base=10 if what == "outputs" else 2)
+        axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        sizes = sorted({row.size for row in mine})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(bottom=0.8)
         _plain(axis.yaxis)
-        axis.set_xlabel({"depth": "hidden layers", "outputs": "outputs", "width": "width", "batch": "batch"}[what])
-        axis.legend(frameon=False, fontsize=8, title="time grows as", title_fontsize=8, alignment="left")
+        axis.set_xlabel("depth (hidden layers)" if what == "depth" else what)
+        axis.set_title(", ".join(f"{name} {size}" for name, size in mine[0].extra["others"].items()), fontsize=10)
+        corner = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "alignment": "left"}
+        axis.legend(frameon=False, fontsize=9, title="time itself grows as", title_fontsize=9, **corner)
         _grid(axis, "both")
     figure.supylabel("time / time of a gradient")
-    others = ", ".join(f"{what} {size}" for what, size in DEFAULTS.items())
-    figure.suptitle(f"One estimate on a ReLU MLP as one size grows, the others at {others}")
+    figure.suptitle("One estimate on a ReLU MLP as one size grows")
     return figure
 
 
 def _handover(axis: Any, picked: list[Row]) -> None:
     """Where the choice for hidden layers goes from one set of estimators to another."""
-    for last, first in zip(picked, picked[1:], strict=False):
+    for last, first in itertools.pairwise(picked):
         before, after = (", ".join(row.extra["hidden"]) for row in (last, first))
         if before != after:
-            axis.axvline((last.size * first.size) ** 0.5, color="0.4", linewidth=1, linestyle=":")
+            between = (last.size * first.size) ** 0.5
+            axis.axvline(between, color="0.4", linewidth=1, linestyle=":")
             text = f"hidden layers: {before} \N{RIGHTWARDS ARROW} {after}"
-            place = ((last.size * first.size) ** 0.5, 0.03)
-            axis.annotate(
-                text, place, xycoords=axis.get_xaxis_transform(), fontsize=8, xytext=(4, 0), textcoords="offset points"
-            )
+            place = axis.get_xaxis_transform()
+            axis.annotate(text, (between, 0.03), xycoords=place, fontsize=8, xytext=(4, 0), textcoords="offset points")
 
 
 def _line(axis: Any, rows: list[Row], colour: str, label: str, **style: Any) -> None:

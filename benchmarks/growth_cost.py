@@ -33,9 +33,10 @@ def growth(setting: Setting) -> list[Row]:
     """One estimate on ReLU networks that differ in one size; depth counts hidden layers."""
     rows: list[Row] = []
     effort = Effort(budget=0.2 if setting.quick else 2, least=2 if setting.quick else 5, most=25, warm_ups=1)
+    fixed = {**DEFAULTS, **({"batch": 8, "width": 16} if setting.quick else {})}
     for what, sizes in (SHORTER if setting.quick else SIZES).items():
         for size in sizes:
-            at = _network({**DEFAULTS, **({"batch": 8, "width": 16} if setting.quick else {}), what: size}, setting)
+            at = _network({**fixed, what: size}, setting)
             family = fishopt.from_loss(nn.CrossEntropyLoss())
             picked = chosen(at, family)
             cases = {GRADIENT: gradient(at)}
@@ -44,8 +45,8 @@ def growth(setting: Setting) -> list[Row]:
             times = interleaved(cases, [GRADIENT], setting.device, effort, f"growth, {what} {size}")
             hidden = sorted({e for e, names in picked.items() if set(names) - set(at.affine_names(1))})
             for method in cases:
-                extra = {"hidden": hidden} if method == AUTO else {}
-                rows.append(Row.of(what, method, GRADIENT, times, size, **extra))
+                others = {name: value for name, value in fixed.items() if name != what}
+                rows.append(Row.of(what, method, GRADIENT, times, size, hidden=hidden, others=others))
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.curvature_cost import GRADIENT, methods
 from benchmarks.networks import problems
 from benchmarks.records import Row, Setting
@@ -20,6 +22,6 @@ def passes(setting: Setting) -> list[Row]:
         memory = {name: peak_memory(cases[name], setting.device) for name in (GRADIENT, *WEIGHED)}
         times = interleaved(cases, [GRADIENT], setting.device, effort, f"passes, {problem.name}")
         for name in cases:
-            extra = {"memory": memory[name] / memory[GRADIENT]} if name in memory else {}
+            extra: dict[str, Any] = {"memory": memory[name] / memory[GRADIENT]} if name in memory else {}
             rows.append(Row.of(problem.name, name, GRADIENT, times, **extra))
     return rows

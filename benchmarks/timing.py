@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -130,7 +133,8 @@ def peak_memory(case: Case, device: torch.device) -> int:
         case()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         case()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -159,6 +163,20 @@ def _order(names: list[str], turn: int) -> list[str]:
     turned = names[start:] + names[:start]
     # Backwards too, so that no case always runs in the caches that the same other one leaves.
     return turned[::-1] if turn % 2 else turned
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without the line that the profiler's native code writes at each start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _wait(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from benchmarks.timing import Case, Effort, free_memory, interleaved
 
 FUSED = "AdamW fused"
 OURS = {"FisherAdam": fishopt.FisherAdam, "DiagonalNGD": fishopt.DiagonalNGD}
-TORCH: dict[str, dict[str, bool]] = {FUSED: {"fused": True}, "AdamW foreach": {"foreach": True}, "AdamW": {}}
+TORCH: dict[str, dict[str, Any]] = {FUSED: {"fused": True}, "AdamW foreach": {"foreach": True}, "AdamW": {}}
 ARRAYS = 20
 """Arrays of the parameters' size: two that all share, ours keep three each and AdamW's two, the rest for work."""
 
@@ -46,7 +46,8 @@ def update(setting: Setting) -> list[Row]:
 
 def _bare_step(model: nn.Sequential, make: Callable[..., Any]) -> Case:
     optimizer = make(model, nn.CrossEntropyLoss(), estimator="I1", refresh_every=10**9, refresh_inputs=1)
-    x = torch.ones(1, model[0].weight.shape[1], device=model[0].weight.device)
+    first = next(model.parameters())
+    x = torch.ones(1, first.shape[1], device=first.device)
     nn.functional.cross_entropy(model(x), torch.zeros(1, dtype=torch.long, device=x.device)).backward()
     optimizer.step()  # the one refresh
     without_refreshes(optimizer)
@@ -65,8 +66,8 @@ def step(setting: Setting) -> list[Row]:
         base = _workload(name, setting)
         loops = {method: _Training(base, method, steps) for method in (FUSED, *OURS)}
         times = interleaved(loops, [FUSED], setting.device, effort, f"step, {name}")
-        for method in OURS:
-            rows.append(Row.of(name, method, FUSED, times, share=loops[method].share(effort.warm_ups), block=steps))
+        shares = {method: loops[method].share(effort.warm_ups) for method in OURS}
+        rows.extend(Row.of(name, m, FUSED, times, share=share, block=steps) for m, share in shares.items())
     return rows
 
 
