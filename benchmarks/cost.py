@@ -35,16 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     folder = options.out or Path("out" if options.quick else "benchmarks/results")
     for name in options.device:
         setting = Setting(torch.device(name), options.quick)
-        measured = {}
         for section in options.only:
             start = time.perf_counter()
             with warnings.catch_warnings():
                 # BackPACK's hooks, on networks whose inputs need no gradient.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                measured[section] = SECTIONS[section](setting)
+                measured = {section: SECTIONS[section](setting)}
             console.print(f"{name}, {section}: {time.perf_counter() - start:.0f} s", style="dim")
-        console.print(*tables(measured))
-        everything = write(folder / "cost.json", setting.device.type, measured, environment(setting))
+            console.print(*tables(measured))
+            # After each section, so that a run that is cut short leaves what it has.
+            everything = write(folder / "cost.json", setting.device.type, measured, environment(setting))
         for path in (folder / "cost.json", *draw(everything, folder, setting.device.type)):
             console.print(f"written: {path}", soft_wrap=True)
 

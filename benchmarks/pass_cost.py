@@ -16,11 +16,11 @@ WEIGHED = ("I1", "exact", "BackPACK SumGradSquared", "BackPACK BatchGrad", "Back
 def passes(setting: Setting) -> list[Row]:
     """One estimate by each method, with a fresh forward."""
     rows: list[Row] = []
-    effort = Effort(budget=0.5, least=2, most=5) if setting.quick else Effort(budget=40)
+    effort = Effort(budget=0.5, least=2, most=5) if setting.quick else Effort(budget=20)
     for problem in problems(setting.device, quick=setting.quick):
         cases = methods(problem, quick=setting.quick)
-        memory = {name: peak_memory(cases[name], setting.device) for name in (GRADIENT, *WEIGHED)}
         times = interleaved(cases, [GRADIENT], setting.device, effort, f"passes, {problem.name}")
+        memory = {name: peak_memory(cases[name], setting.device) for name in (GRADIENT, *WEIGHED)}
         for name in cases:
             extra: dict[str, Any] = {"memory": memory[name] / memory[GRADIENT]} if name in memory else {}
             rows.append(Row.of(problem.name, name, GRADIENT, times, **extra))

@@ -53,10 +53,11 @@ class Effort:
 
     Attributes:
         budget: Seconds for all cases of a loop together, more or less.
-        least: Repeats of a dear case; fewer only where they would cost more than three times its share of the budget.
+        least: Repeats of a dear case; fewer only where they would cost more than six times its share of the budget.
         most: Repeats of a cheap case.
         shortest: Seconds of a measurement, at least.
         warm_ups: Calls before it counts.
+        long: Seconds from which one such call is enough.
     """
 
     budget: float
@@ -64,12 +65,13 @@ class Effort:
     most: int = 50
     shortest: float = SHORTEST
     warm_ups: int = 2
+    long: float = 0.3
 
     def repeats(self, seconds: float, cases: int) -> int:
         """How often to measure a case that takes ``seconds``, one of so many."""
         share = self.budget / cases
         wanted = min(self.most, max(self.least, int(share / max(seconds, self.shortest))))
-        return max(1, min(wanted, int(3 * share / seconds))) if seconds * wanted > 3 * share else wanted
+        return max(1, min(wanted, int(6 * share / seconds)))
 
 
 def timed(case: Case, device: torch.device, calls: int = 1) -> float:
@@ -96,7 +98,8 @@ def interleaved(
     """
     costs: dict[str, float] = {}
     for name in tqdm(cases, desc=f"{title}: warm-up", leave=False, disable=None):
-        for _ in range(effort.warm_ups):
+        costs[name] = timed(cases[name], device)
+        for _ in range(1, effort.warm_ups if costs[name] < effort.long else 1):
             costs[name] = timed(cases[name], device)
     counts = {name: effort.repeats(cost, len(cases)) for name, cost in costs.items()}
     rounds = max(counts.values())
@@ -124,8 +127,10 @@ def seconds(times: Times, name: str) -> float:
 
 
 def peak_memory(case: Case, device: torch.device) -> int:
-    """Bytes of tensors that a call holds at its peak, beyond what was there before; not the libraries' own scratch."""
-    case()
+    """Bytes of tensors that a call holds at its peak, beyond what was there before; not the libraries' own scratch.
+
+    The case should have run before, so that what it keeps for good is there already.
+    """
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

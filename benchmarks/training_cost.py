@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,9 +75,9 @@ def step(setting: Setting) -> list[Row]:
 def _schedule(*, quick: bool) -> list[tuple[str, int, Effort]]:
     """Name, steps in a block, effort. Blocks are whole refresh intervals."""
     if quick:
-        return [("mlp, 0.3M", 10, Effort(budget=0.5, least=2, most=2, shortest=0))]
-    dear = Effort(budget=60, least=7, most=7, shortest=0)
-    cheap = Effort(budget=30, least=7, most=30, shortest=0)
+        return [("mlp, 0.3M", 10, Effort(budget=0.5, least=2, most=2, shortest=0, long=math.inf))]
+    dear = Effort(budget=60, least=7, most=7, shortest=0, long=math.inf)
+    cheap = Effort(budget=30, least=7, most=30, shortest=0, long=math.inf)
     return [("mlp, 0.3M", 50, cheap), ("mlp, 1.3M", 50, cheap), ("3c3d, 0.9M", 20, dear)]
 
 
