@@ -66,7 +66,8 @@ def _passes(figure: Any, rows: list[Row]) -> None:
             colour = OURS if method in ESTIMATES else OTHERS
             axis.barh(place, spread.median, xerr=error, color=colour, height=0.72, ecolor="0.2")
             text = f"{spread.median:.0f}" if spread.median >= 20 else f"{spread.median:.1f}"
-            axis.text(spread.high * 1.12, place, text, va="center", fontsize=8)
+            blank = {"facecolor": "w", "edgecolor": "none", "pad": 0.5}
+            axis.text(spread.high * 1.12, place, text, va="center", fontsize=8, bbox=blank)
         axis.axvline(1, color="0.1", linewidth=1, linestyle="--")
         axis.set_xscale("log")
         axis.set_xlim(0.6, highest * 2.5)
