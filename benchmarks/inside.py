@@ -1,0 +1,48 @@
+"""All that the measurements of cost know of fishopt's inside; what changes there is followed here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fishopt
+from benchmarks.timing import Case
+from fishopt.batch import Batch
+from fishopt.estimators import Draw, Estimator, by_structure, estimate
+from fishopt.passes import Shadow
+
+Plan = Mapping[str, Sequence[str]]
+"""Estimator -> the parameters that it is for."""
+
+
+def estimation(model: nn.Module, x: Tensor, likelihood: fishopt.Likelihood, plan: Plan) -> Case:
+    """An estimate as an optimizer's refresh makes it: the shadow is built and the structure read once, beforehand."""
+    shadow = Shadow(model)
+    generator = torch.Generator(x.device).manual_seed(0)
+
+    def run() -> dict[str, Tensor]:
+        batch = Batch(shadow, (x,), likelihood)
+        parts: dict[Estimator, list[str]] = defaultdict(list)
+        for name, members in plan.items():
+            for rule, part in by_structure(name, members, batch.structure):
+                parts[rule].extend(part)
+        found: dict[str, Tensor] = {}
+        for rule, names in parts.items():
+            found.update(estimate(batch, rule, names, Draw(1, generator)))
+        return found
+
+    return run
+
+
+def without_refreshes(optimizer: Any) -> None:
+    """Takes an optimizer that has refreshed once past the steps that refresh each time; ``refresh_every`` is huge."""
+    optimizer._steps = 11
+
+
+def curvature_seconds(optimizer: Any) -> float:
+    """What an optimizer has spent on curvature so far."""
+    return float(optimizer._curvature.seconds)
