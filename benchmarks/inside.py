@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 import fishopt
 from benchmarks.timing import Case
 from fishopt.batch import Batch
-from fishopt.estimators import Draw, Estimator, by_structure, estimate
+from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.passes import Shadow
 
 Plan = Mapping[str, Sequence[str]]
@@ -26,14 +25,7 @@ def estimation(model: nn.Module, x: Tensor, likelihood: fishopt.Likelihood, plan
 
     def run() -> dict[str, Tensor]:
         batch = Batch(shadow, (x,), likelihood)
-        parts: dict[Estimator, list[str]] = defaultdict(list)
-        for name, members in plan.items():
-            for rule, part in by_structure(name, members, batch.structure):
-                parts[rule].extend(part)
-        found: dict[str, Tensor] = {}
-        for rule, names in parts.items():
-            found.update(estimate(batch, rule, names, Draw(1, generator)))
-        return found
+        return estimate(batch, by_structure(plan, batch.structure), Draw(1, generator))
 
     return run
 

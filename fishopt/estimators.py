@@ -5,7 +5,8 @@ A new estimator is one function with the `estimator` decorator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,19 +136,27 @@ Plan = dict[Estimator, tuple[str, ...]]
 """Which cotangents for which parameters; where a parameter is under several, their values add up."""
 
 
-def by_structure(name: str, names: Sequence[str], structure: Structure) -> Plan:
-    """The cheapest cotangents that give estimator ``name`` for the parameters ``names``.
+def by_structure(wanted: Mapping[str, Sequence[str]], structure: Structure) -> Plan:
+    """The cheapest cotangents that give estimators their parameters.
 
     In a last linear layer the exact value takes one column; where h is affine in each weight I2 is exact; elsewhere
     I2 shares the columns of the exact value.
+
+    Args:
+        wanted: Estimator -> parameters.
+        structure: How the output depends on them.
     """
-    if name not in ("exact", "I2"):
-        return {ESTIMATORS[name]: tuple(names)}
-    separable = tuple(n for n in names if n in structure.separable)
-    others = tuple(n for n in names if n not in structure.separable)
-    curved = tuple(n for n in others if n not in structure.piecewise and name == "I2")
-    plan = {exact_separable: separable, exact: others, residual_hessian: curved}
-    return {rule: part for rule, part in plan.items() if part}
+    parts: dict[Estimator, list[str]] = defaultdict(list)
+    for name, names in wanted.items():
+        if name not in ("exact", "I2"):
+            parts[ESTIMATORS[name]].extend(names)
+            continue
+        others = [n for n in names if n not in structure.separable]
+        parts[exact_separable].extend(n for n in names if n in structure.separable)
+        parts[exact].extend(others)
+        if name == "I2":
+            parts[residual_hessian].extend(n for n in others if n not in structure.piecewise)
+    return {rule: tuple(part) for rule, part in parts.items() if part}
 
 
 def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
@@ -214,5 +223,5 @@ def fisher_diagonal(
     if targets is not None:
         checked_targets(targets, len(batch))
     draw = Draw(samples, generator, targets)
-    found = estimate(batch, by_structure(estimator, batch.names, batch.structure), draw)
+    found = estimate(batch, by_structure({estimator: batch.names}, batch.structure), draw)
     return {name: found[name] for name in batch.names}

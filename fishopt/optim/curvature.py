@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishopt.batch import Batch, NonFiniteError, checked_inputs
-from fishopt.estimators import Draw, Plan, by_structure, estimate
+from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 from fishopt.optim.recorder import Record
@@ -137,11 +137,8 @@ class Curvature:
         members: dict[str, list[str]] = defaultdict(list)
         for unit, names in units.items():
             members[self.estimator_of(unit, wanted)].extend(names)
-        plan: Plan = {}
-        for estimator, listed in members.items():
-            for rule, part in by_structure(estimator, listed, batch.structure).items():
-                plan[rule] = (*plan.get(rule, ()), *part)
         some = None if residuals is None else residuals[rows.to(residuals.device)]
+        plan = by_structure(members, batch.structure)
         diagonal = estimate(batch, plan, Draw(1, self._generator, residuals=some, exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             return None
