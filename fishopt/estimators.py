@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ class Draw:
         )
 
 
-@dataclass(frozen=True)
-class Cotangents:
+class Cotangents(NamedTuple):
     """What an estimator sends through the network.
 
     Attributes:
@@ -163,15 +162,17 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
     """The mean over the batch of the estimates that ``plan`` names, all from one forward."""
     names = tuple(dict.fromkeys(name for part in plan.values() for name in part))
     total: Diagonal = {}
+    count = len(batch)
     for through, h, rows in batch.chunks(names):
         some = draw.rows(rows)
         for rule, part in plan.items():
-            cotangents = rule(batch.likelihood, h, some)
-            if cotangents.squared is not None:
-                add(total, through.squared_vjp(fewest_columns(cotangents.squared), names=part))
-            if cotangents.hessian is not None:
-                add(total, through.hessian_diagonal(cotangents.hessian, names=part, sketch=some.sketch))
-    return {name: total[name] / len(batch) for name in names}
+            # The mean is taken at the output, where there are fewer numbers than in the parameters.
+            squared, hessian = rule(batch.likelihood, h, some)
+            if squared is not None:
+                add(total, through.squared_vjp(fewest_columns(squared) / count**0.5, names=part))
+            if hessian is not None:
+                add(total, through.hessian_diagonal(hessian / count, names=part, sketch=some.sketch))
+    return {name: total[name] for name in names}
 
 
 def fewest_columns(columns: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from fishopt.passes.gradients import Formed, PerInput, RankOne, Summed
 
@@ -104,8 +105,7 @@ RULES: dict[type[nn.Module], Rule] = {
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module, by its exact class: a subclass may compute something else."""
-    # Unfolding pads with zeros, by a number.
-    plain = getattr(module, "padding_mode", "zeros") == "zeros" and not isinstance(
-        getattr(module, "padding", None), str
-    )
-    return RULES.get(type(module)) if plain else None
+    rule = RULES.get(type(module))
+    if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return None  # patches are padded with zeros, by a number
+    return rule
