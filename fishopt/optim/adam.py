@@ -13,7 +13,7 @@ from fishopt.optim import checks
 from fishopt.optim.base import FisherOptimizer, Means
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.curvature import Moment
-from fishopt.optim.fused import adamw_with_frozen_square, can_fuse, laid_out_as
+from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
 from fishopt.optim.units import Params
 
 
@@ -125,8 +125,14 @@ def adam_update(bucket: Bucket) -> None:
     averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
     if can_fuse(params, averages, squares, beta):
         grads = laid_out_as(params, grads)
+        if clip == math.inf:
+            counts = unlimited(params)
+        else:
+            if bucket.sample is None or not bucket.sample.is_of(averages, squares):
+                bucket.sample = Sample(averages, squares)
+            counts = bucket.sample.counts(grads, beta, clip * (1 - beta**step))
         adamw_with_frozen_square(
-            params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, clip=clip
+            params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, counts=counts
         )
         return
     torch._foreach_lerp_(averages, grads, 1 - beta)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishopt.optim.fused import Sample
+
 State = dict[str, Any]
 
 
@@ -22,12 +24,14 @@ class Bucket:
         params: The parameters; each has a gradient and an estimate.
         states: The optimizer's state of each.
         step: The count of steps, of each.
+        sample: Where FisherAdam measures the updates, once it has.
     """
 
     group: dict[str, Any]
     step: int
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
+    sample: Sample | None = None
 
     def advance(self) -> None:
         """Counts a step."""

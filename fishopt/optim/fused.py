@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -34,17 +35,17 @@ def adamw_with_frozen_square(
     beta: float,
     weight_decay: float,
     step: int,
-    clip: float,
+    counts: list[Tensor],
 ) -> None:
-    r"""``m = beta m + (1 - beta) g; p = (1 - lr wd) p - lr m / ((1 - beta^step) sqrt(square) excess)``, in place.
+    r"""``m = beta m + (1 - beta) g; p = (1 - lr wd) p - lr m / ((1 - beta^step) sqrt(square / x))``, in place.
 
     ``torch._fused_adamw_`` does this but for three things, each of which has a way round.
 
     - It averages ``g^2`` into the square, ``v = b v + (1 - b) g^2``. With ``b = 1 - 2^-53`` (`BETA2`) that changes v by
       ``2^-53 (g^2 / v - 1)`` of itself: nothing, in float32, unless a gradient is 2^14 times the root of v.
-    - It divides v by ``1 - b^s``, with a step count s for each tensor. These counts are ours to choose: infinity leaves
-      v as it is, and ``s = log(1 - x) / log(b)`` divides it by x, that is the update by ``sqrt(1/x)``. So a limit on
-      each tensor's update gets into the kernel as a tensor, without waiting for the device.
+    - It divides v by ``x = 1 - b^s``, with a step count s for each tensor. These counts are ours to choose: infinity
+      leaves v as it is, and ``s = log(1 - x) / log(b)`` divides the update by ``sqrt(1 / x)``. So a limit on each
+      tensor's update gets into the kernel as a tensor, without waiting for the device.
     - It corrects m by ``1 - beta^s``, which is 1 for such counts (2^13 at the least). The learning rate corrects it.
 
     Args:
@@ -56,13 +57,9 @@ def adamw_with_frozen_square(
         beta: Decay rate of the averages, at most `MAX_BETA`.
         weight_decay: Decoupled weight decay.
         step: The count of steps in the averages, this one included.
-        clip: Limit on the root mean square of each tensor's update before ``lr``, see `_counts`; infinity for none.
+        counts: The counts s, see `Sample.counts` and `unlimited`.
     """
     correction = 1 - beta**step
-    if clip == math.inf:
-        counts = [torch.full((), math.inf, dtype=torch.float32, device=params[0].device)] * len(params)
-    else:
-        counts = _counts(grads, averages, squares, beta, clip * correction)
     torch._fused_adamw_(
         params,
         grads,
@@ -80,34 +77,46 @@ def adamw_with_frozen_square(
     )
 
 
-def _counts(
-    grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], beta: float, limit: float
-) -> list[Tensor]:
-    """The step count of each tensor with which the kernel keeps the RMS of ``m / sqrt(square)`` within a limit.
+def unlimited(params: list[Tensor]) -> list[Tensor]:
+    """The counts that scale no update."""
+    return [torch.full((), math.inf, dtype=torch.float32, device=params[0].device)] * len(params)
 
-    The RMS is that over all entries of small tensors and over a regular sample of larger ones: another pass or two over
-    memory would cost as much again as the step.
+
+class Sample:
+    """Measures the updates of some tensors: small ones in full, of larger ones a regular sample of blocks.
+
+    Another pass over memory or two would cost as much again as the step. So the roots of the squares in the sample are
+    taken once, and kept for as long as these are the averages and squares.
+
+    Args:
+        averages: Moving averages of the gradients, dense.
+        squares: The squared denominators, in the same memory layout.
     """
-    strides = [_stride(g) for g in grads]
-    if max(strides) > 1:
-        grads, averages, squares = (
-            [_sample(x, stride) for x, stride in zip(listed, strides, strict=True)]
-            for listed in (grads, averages, squares)
-        )
-    terms = torch._foreach_lerp(averages, grads, 1 - beta)
-    torch._foreach_mul_(terms, terms)
-    torch._foreach_div_(terms, squares)
-    sums = torch.stack(torch._foreach_norm(terms, 1))  # of what is not negative: a sum
-    limits = _negated(tuple(x.numel() for x in terms), sums.device) / sums
-    # In range of float32 for any limit: from 2^60 on there is none.
-    limits.mul_(min(limit, 2.0**60) ** 2).clamp_(-1.0, -LEAST)
-    return list(limits.log1p_().div_(math.log1p(BETA2 - 1)).unbind())
 
+    def __init__(self, averages: list[Tensor], squares: list[Tensor]) -> None:
+        self._of = (averages, squares)
+        self._strides = [_stride(m) for m in averages]
+        self._averages = self._taken(averages)
+        self._inverse_roots = list(torch._foreach_sqrt(self._taken(squares)))
+        torch._foreach_reciprocal_(self._inverse_roots)
+        sizes = [-float(max(m.numel(), 1)) for m in self._averages]
+        self._negated_sizes = torch.tensor(sizes, dtype=torch.float32, device=averages[0].device)
 
-@functools.lru_cache(maxsize=64)
-def _negated(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Minus the sizes, at least one each. Kept: copying them to a device in each step would be waiting for it."""
-    return torch.tensor([-max(size, 1) for size in sizes], dtype=torch.float32, device=device)
+    def is_of(self, averages: list[Tensor], squares: list[Tensor]) -> bool:
+        """Whether it is of these very tensors."""
+        return all(map(operator.is_, (*averages, *squares), (*self._of[0], *self._of[1])))
+
+    def counts(self, grads: list[Tensor], beta: float, limit: float) -> list[Tensor]:
+        """The step counts with which the RMS of each ``m / sqrt(square)``, after this step's averaging, has a limit."""
+        terms = torch._foreach_lerp(self._averages, self._taken(grads), 1 - beta)
+        torch._foreach_mul_(terms, self._inverse_roots)
+        sums = torch.stack(torch._foreach_norm(terms)).square_()
+        # Minus x. In range of float32 for any limit: from 2^60 on there is none.
+        x = (self._negated_sizes / sums).mul_(min(limit, 2.0**60) ** 2).clamp_(-1.0, -LEAST)
+        return list(x.log1p_().mul_(1 / math.log1p(BETA2 - 1)).unbind())
+
+    def _taken(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [_blocks(x, s) if s > 1 else x for x, s in zip(tensors, self._strides, strict=True)]
 
 
 def _stride(x: Tensor) -> int:
@@ -115,11 +124,8 @@ def _stride(x: Tensor) -> int:
     return max((min(x.numel() // FULL, MOST) - 1) | 1, 1)
 
 
-def _sample(x: Tensor, stride: int) -> Tensor:
-    """One in so many blocks of a dense tensor, in the order of memory: a view."""
-    if stride == 1:
-        return x
-    # The first block of each run of ``stride`` blocks is there, even where the last run is cut short.
+def _blocks(x: Tensor, stride: int) -> Tensor:
+    """The first one of each so many blocks of a dense tensor, in the order of memory: a view."""
     blocks = (x.numel() // BLOCK + stride - 1) // stride
     return x.as_strided((blocks, BLOCK), (BLOCK * stride, 1))
 
@@ -148,8 +154,8 @@ def is_exact(device: str) -> bool:
             [torch.full((n,), x, dtype=torch.float32, device=device) for n in (3, 70)]
             for x in (1.0, gradient, 0.0, square)
         )
-        for clip in (math.inf, 0.75):
-            adamw_with_frozen_square(p, g, m, v, lr=0.5, beta=0.0, weight_decay=0.5, step=1, clip=clip)
+        for counts in (unlimited(p), Sample(m, v).counts(g, 0.0, 0.75)):
+            adamw_with_frozen_square(p, g, m, v, lr=0.5, beta=0.0, weight_decay=0.5, step=1, counts=counts)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     expected = (1.0 * 0.75 - 0.5 * 3.0) * 0.75 - 0.5 * 0.75
