@@ -111,8 +111,8 @@ class Sample:
         terms = torch._foreach_lerp(self._averages, self._taken(grads), 1 - beta)
         torch._foreach_mul_(terms, self._inverse_roots)
         sums = torch.stack(torch._foreach_norm(terms)).square_()
-        # Minus x. In range of float32 for any limit: from 2^60 on there is none.
-        x = (self._negated_sizes / sums).mul_(min(limit, 2.0**60) ** 2).clamp_(-1.0, -LEAST)
+        # Minus x. Within 2^60 the square of the limit is in range of float32.
+        x = (self._negated_sizes / sums).mul_(min(max(limit, 2.0**-60), 2.0**60) ** 2).clamp_(-1.0, -LEAST)
         return list(x.log1p_().mul_(1 / math.log1p(BETA2 - 1)).unbind())
 
     def _taken(self, tensors: list[Tensor]) -> list[Tensor]:
