@@ -127,9 +127,10 @@ class DiagonalNGD(FisherOptimizer):
             moves.append((bucket, halves, roots, rate))
         if not moves:
             return
-        excess = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths])).clamp_min_(1.0)
+        length = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths]))
+        scale = length.clamp_min_(1.0).reciprocal_()
         for bucket, halves, roots, rate in moves:
-            torch._foreach_div_(halves, excess.to(halves[0].device))
+            torch._foreach_mul_(halves, scale.to(halves[0].device))
             if bucket.group["weight_decay"]:
                 torch._foreach_mul_(bucket.params, 1 - float(bucket.group["lr"]) * bucket.group["weight_decay"])
             torch._foreach_addcmul_(bucket.params, halves, roots, value=-rate)
