@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Means, Work
+from fishopt.optim.base import FisherOptimizer, Means
+from fishopt.optim.buckets import Bucket
 from fishopt.optim.curvature import Moment
+from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
 from fishopt.optim.units import Params
 
 
@@ -32,7 +34,9 @@ class FisherAdam(FisherOptimizer):
         betas: Decay rates of the moving averages: of the gradient, per step, and of the Fisher diagonal, per refresh.
         eps: Added to the denominator.
         damping: Damping relative to the layer's own root mean Fisher diagonal.
-        clip: Limit on the root mean square of each tensor's update, before ``lr``.
+        clip: Limit on the root mean square of each tensor's update, before ``lr``: without one the first steps diverge,
+            as the Fisher diagonal of an untrained network is tiny. A safeguard, not a normaliser: of a large float32
+            tensor a regular sample is measured, a 61st of it but at least 8192 entries.
         weight_decay: Decoupled weight decay, as in AdamW.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
@@ -104,48 +108,42 @@ class FisherAdam(FisherOptimizer):
         denominator = (
             (fisher * factor).sqrt_().add_((means.layer * factor).sqrt() * group["damping"]).add_(group["eps"])
         )
-        return denominator.reciprocal_()
+        # Squared, as Adam keeps its second moment; not zero, which no gradient may be divided by.
+        return denominator.square_().clamp_min_(torch.finfo(fisher.dtype).tiny)
 
-    def _update(self, work: list[Work]) -> None:
-        for group, params, grads, states in work:
-            adam_update(
-                params,
-                grads,
-                states,
-                lr=float(group["lr"]),
-                beta=group["betas"][0],
-                clip=group["clip"],
-                weight_decay=group["weight_decay"],
-            )
+    def _update(self, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.advance()
+            adam_update(bucket)
 
 
-def adam_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    *,
-    lr: float,
-    beta: float,
-    clip: float,
-    weight_decay: float,
-) -> None:
+def adam_update(bucket: Bucket) -> None:
     """One step in place: average, correct for the start, precondition, clip, decay, move."""
-    directions = averaged(grads, states, beta)
-    torch._foreach_mul_(directions, [state["preconditioner"] for state in states])
+    group, step = bucket.group, bucket.step
+    lr, beta, clip, weight_decay = float(group["lr"]), group["betas"][0], group["clip"], group["weight_decay"]
+    params, grads = bucket.params, bucket.grads()
+    averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
+    if can_fuse(params, averages, squares, beta):
+        grads = laid_out_as(params, grads)
+        if clip == math.inf:
+            counts = unlimited(params)
+        else:
+            if bucket.sample is None or not bucket.sample.is_of(averages, squares):
+                bucket.sample = Sample(averages, squares)
+            counts = bucket.sample.counts(grads, beta, clip * (1 - beta**step))
+        adamw_with_frozen_square(
+            params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, counts=counts
+        )
+        return
+    torch._foreach_lerp_(averages, grads, 1 - beta)
+    correction = 1 - beta**step
+    directions = list(torch._foreach_sqrt(squares))
+    torch._foreach_reciprocal_(directions)
+    torch._foreach_mul_(directions, averages)
     if clip != math.inf:
-        # Without a limit the first steps diverge: the Fisher diagonal of an untrained network is tiny.
         excess = torch._foreach_norm(directions)
-        torch._foreach_div_(excess, [clip * math.sqrt(max(p.numel(), 1)) for p in params])
+        torch._foreach_div_(excess, [clip * correction * math.sqrt(max(p.numel(), 1)) for p in params])
         torch._foreach_clamp_min_(excess, 1.0)
         torch._foreach_div_(directions, excess)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, directions, alpha=-lr)
-
-
-def averaged(grads: list[Tensor], states: list[dict[str, Any]], beta: float) -> list[Tensor]:
-    """The moving averages of the gradients, updated in their states and corrected for their start at zero."""
-    averages = [state["exp_avg"] for state in states]
-    torch._foreach_lerp_(averages, grads, 1 - beta)
-    for state in states:
-        state["step"] += 1
-    return list(torch._foreach_div(averages, [1 - beta ** state["step"] for state in states]))
+    torch._foreach_add_(params, directions, alpha=-lr / correction)

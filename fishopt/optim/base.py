@@ -17,6 +17,7 @@ from fishopt.groups import Groups, by_layer
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import unscale
+from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another
 from fishopt.optim.curvature import Curvature, Moment, training_likelihood
 from fishopt.optim.recorder import Record, Recorder
@@ -34,15 +35,6 @@ class Means(NamedTuple):
 
     layer: Tensor
     model: Tensor
-
-
-class Work(NamedTuple):
-    """The parameters of one group that have a gradient and an estimate."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Any]]
 
 
 class FisherOptimizer(torch.optim.Optimizer, ABC):
@@ -82,6 +74,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._refresh_every = refresh_every
         self._steps = 0
         self._is_fresh = False
+        self._plan: Plan | None = None
         self._moment = Moment(1, 1.0, 1.0)
         self._seconds = 0.0
         self._started: float | None = None
@@ -102,7 +95,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     def _preconditioner(
         self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
     ) -> Tensor:
-        """What the update multiplies the averaged gradient by.
+        """The curvature of one parameter in the form that `_update` wants it in, a tensor of the parameter's shape.
 
         Args:
             fisher: The averaged, bias-corrected Fisher diagonal of one parameter, not negative.
@@ -113,8 +106,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """
 
     @abstractmethod
-    def _update(self, work: list[Work]) -> None:
-        """Moves the parameters; each one's state holds its ``"preconditioner"``."""
+    def _update(self, buckets: list[Bucket]) -> None:
+        """Counts the step and moves the parameters; each one's state holds its ``"preconditioner"``."""
 
     # --- torch.optim's interface ---
 
@@ -140,8 +133,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         if self._is_due():
             self._refresh(self._last_record())
         self._is_fresh = False
-        work = [self._work(group) for group in self.param_groups]
-        self._update([item for item in work if item.params])
+        self._update(self._planned().buckets)
         self._steps += 1
         self._seconds = time.perf_counter() - started
         return loss
@@ -179,6 +171,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
         self._check_group({**self.defaults, **group})
         super().add_param_group(group)
+        self._plan = None
         if hasattr(self, "_recorder"):
             self._recorder.wants_gradient = self._wants_gradient()
 
@@ -203,7 +196,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """
         own = refuse_another(state_dict, self._identity())
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
-        self._steps = own["steps"]
+        self._steps, self._plan = own["steps"], None
         self._is_fresh = own["is_fresh"]
         self._moment = Moment(*own["moment"])
         self._seconds, self._started = own["seconds"], None
@@ -251,8 +244,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             return False
         if self._steps < EVERY_STEP_UNTIL or self._steps % self._refresh_every == 0:
             return True
-        trained = (p for group in self.param_groups for p in group["params"] if p.requires_grad and p.grad is not None)
-        return any("preconditioner" not in self.state[p] for p in trained)
+        return any(p.requires_grad for p in self._planned().waiting)
 
     def _last_record(self) -> Record:
         record = self._recorder.last
@@ -277,7 +269,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         estimate = self._curvature.refresh(groups, wanted, record, self._steps)
         if estimate is None:
             return False
-        self._moment = estimate.moment
+        self._moment, self._plan = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
         fishers = {name: self._average(*options[name], new) for name, new in estimate.diagonal.items()}
         over_model = _mean(fishers.values())
@@ -300,20 +292,19 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
         return (state["fisher"] / (1 - self._decay(group) ** state["refreshes"])).clamp_min_(0)
 
-    def _work(self, group: dict[str, Any]) -> Work:
-        params = [p for p in group["params"] if p.grad is not None and "preconditioner" in self.state[p]]
-        grads = [p.grad for p in params]
-        if group["maximize"] and grads:
-            grads = list(torch._foreach_neg(grads))
-        return Work(group, params, grads, [self.state[p] for p in params])
+    def _planned(self) -> Plan:
+        """How the parameters that have a gradient now are sorted, anew only if they are others than before."""
+        params = with_gradient(self.param_groups)
+        if self._plan is None or not self._plan.is_for(params):
+            self._plan = plan(self.param_groups, self.state)
+        return self._plan
 
     def _refuse_sparse_gradients(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
-                    )
+        for p in with_gradient(self.param_groups):
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
+                )
 
     # --- groups ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.adam import averaged
-from fishopt.optim.base import FisherOptimizer, Means, Work
+from fishopt.optim.base import FisherOptimizer, Means
+from fishopt.optim.buckets import Bucket
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
@@ -107,22 +108,29 @@ class DiagonalNGD(FisherOptimizer):
         peak = torch.maximum(means.model, state["peak"]) if "peak" in state else means.model.clone()
         state["peak"] = peak
         tiny = torch.finfo(fisher.dtype).tiny
-        return (fisher + peak * group["damping"]).clamp_min_(tiny).mul_(moment.scale).reciprocal_()
+        # The root of what the gradient is divided by: the length of m times it is the step's divergence.
+        return (fisher + peak * group["damping"]).clamp_min_(tiny).mul_(moment.scale).rsqrt_()
 
-    def _update(self, work: list[Work]) -> None:
-        steps, divergence = [], []
-        for group, params, grads, states in work:
-            averages = averaged(grads, states, group["momentum"])
-            directions = torch._foreach_mul(averages, [state["preconditioner"] for state in states])
-            torch._foreach_mul_(directions, float(group["lr"]))
-            # d^T (F + damping) d = lr d^T m, without another look at F.
-            products = torch._foreach_mul(directions, averages)
-            quadratic = torch.stack([x.sum() for x in products]).sum() * float(group["lr"])
-            divergence.append(quadratic / (2 * group["kl_radius"] * self._moment.scale * self._moment.dispersion))
-            steps.append((group, params, directions))
-        if not steps:
+    def _update(self, buckets: list[Bucket]) -> None:
+        moves, lengths = [], []
+        for bucket in buckets:
+            group = bucket.group
+            bucket.advance()
+            averages = bucket.kept("exp_avg")
+            torch._foreach_lerp_(averages, bucket.grads(), 1 - group["momentum"])
+            rate = float(group["lr"]) / (1 - group["momentum"] ** bucket.step)  # corrects for the start at zero
+            roots = bucket.kept("preconditioner")
+            # d^T (F + damping) d = lr^2 m^T m / (F + damping), without another look at F.
+            halves = torch._foreach_mul(averages, roots)
+            radius = 2 * group["kl_radius"] * self._moment.scale * self._moment.dispersion
+            lengths.append(torch.stack(torch._foreach_norm(halves)).mul_(rate / math.sqrt(radius)))
+            moves.append((bucket, halves, roots, rate))
+        if not moves:
             return
-        excess = torch.stack([d.to(divergence[0].device) for d in divergence]).sum().sqrt().clamp_min(1.0)
-        for group, params, directions in steps:
-            torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
-            torch._foreach_add_(params, torch._foreach_div(directions, excess), alpha=-1.0)
+        length = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths]))
+        scale = length.clamp_min_(1.0).reciprocal_()
+        for bucket, halves, roots, rate in moves:
+            torch._foreach_mul_(halves, scale.to(halves[0].device))
+            if bucket.group["weight_decay"]:
+                torch._foreach_mul_(bucket.params, 1 - float(bucket.group["lr"]) * bucket.group["weight_decay"])
+            torch._foreach_addcmul_(bucket.params, halves, roots, value=-rate)

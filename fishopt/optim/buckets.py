@@ -1,0 +1,98 @@
+"""The parameters that move together in a step: sorted once, for as long as the same ones have gradients."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishopt.optim.fused import Sample
+
+State = dict[str, Any]
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group, on one device and of one dtype, that have made equally many steps.
+
+    Attributes:
+        group: The parameter group. Its hyperparameters are read anew each step: schedulers change them.
+        params: The parameters; each has a gradient and an estimate.
+        states: The optimizer's state of each.
+        step: The count of steps, of each.
+        sample: Where FisherAdam measures the updates, once it has.
+    """
+
+    group: dict[str, Any]
+    step: int
+    params: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    sample: Sample | None = None
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self.step += 1
+        for state in self.states:
+            state["step"] = self.step
+
+    def kept(self, name: str) -> list[Tensor]:
+        """An entry of every parameter's state."""
+        return [state[name] for state in self.states]
+
+    def grads(self) -> list[Tensor]:
+        """The gradients of what is to be minimized."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return list(torch._foreach_neg(grads)) if self.group["maximize"] and grads else grads
+
+
+@dataclass
+class Plan:
+    """A sorting of parameters into buckets.
+
+    Attributes:
+        params: All that have a gradient.
+        buckets: Those of them that have an estimate.
+        waiting: Those that have none.
+    """
+
+    params: list[Tensor]
+    buckets: list[Bucket]
+    waiting: list[Tensor]
+
+    def is_for(self, params: list[Tensor]) -> bool:
+        """Whether it is a plan for just these parameters, by identity."""
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+
+def with_gradient(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that have a gradient."""
+    return [p for group in groups for p in group["params"] if p.grad is not None]
+
+
+def plan(groups: Iterable[dict[str, Any]], states: dict[Tensor, State]) -> Plan:
+    """Sorts the parameters that have a gradient.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        states: The optimizer's state; parameters of which it holds a ``"preconditioner"`` have an estimate.
+    """
+    buckets: dict[Any, Bucket] = {}
+    found = Plan([], [], [])
+    for i, group in enumerate(groups):
+        for p in with_gradient([group]):
+            found.params.append(p)
+            state = states.get(p, {})
+            if "preconditioner" not in state:
+                found.waiting.append(p)
+                continue
+            # Contiguous ones apart, so that a few others do not decide how all are updated.
+            key = (i, p.device, p.dtype, state["step"], p.is_contiguous())
+            bucket = buckets.setdefault(key, Bucket(group, state["step"]))
+            bucket.params.append(p)
+            bucket.states.append(state)
+    found.buckets.extend(buckets.values())
+    return found

@@ -1,0 +1,166 @@
+"""Adam's step with a second moment that stays as it is, by torch's own fused kernel: one pass over memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+BETA2 = 1.0 - 2.0**-53
+"""The largest double below one."""
+
+LEAST = 2.0**-40
+"""The smallest bias correction in use: updates are scaled down by 2^20 at most, where it is still good to 1e-4."""
+
+MAX_BETA = 0.999
+"""The largest decay rate whose power ``beta^s`` is nothing for all counts s in use, 2^13 at least."""
+
+FULL = 2**13
+"""Entries of a tensor up to which, and no fewer than which, its update is measured."""
+
+BLOCK, MOST = 64, 62
+"""Of a larger tensor, one block of so many entries is measured in so many blocks at most."""
+
+
+def adamw_with_frozen_square(
+    params: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    *,
+    lr: float,
+    beta: float,
+    weight_decay: float,
+    step: int,
+    counts: list[Tensor],
+) -> None:
+    r"""``m = beta m + (1 - beta) g; p = (1 - lr wd) p - lr m / ((1 - beta^step) sqrt(square / x))``, in place.
+
+    ``torch._fused_adamw_`` does this but for three things, each of which has a way round.
+
+    - It averages ``g^2`` into the square, ``v = b v + (1 - b) g^2``. With ``b = 1 - 2^-53`` (`BETA2`) that changes v by
+      ``2^-53 (g^2 / v - 1)`` of itself: nothing, in float32, unless a gradient is 2^14 times the root of v.
+    - It divides v by ``x = 1 - b^s``, with a step count s for each tensor. These counts are ours to choose: infinity
+      leaves v as it is, and ``s = log(1 - x) / log(b)`` divides the update by ``sqrt(1 / x)``. So a limit on each
+      tensor's update gets into the kernel as a tensor, without waiting for the device.
+    - It corrects m by ``1 - beta^s``, which is 1 for such counts (2^13 at the least). The learning rate corrects it.
+
+    Args:
+        params: Parameters in float32, each dense and in the same memory layout as its gradient, average and square.
+        grads: Their gradients.
+        averages: Moving averages of the gradients.
+        squares: The squared denominators.
+        lr: Learning rate.
+        beta: Decay rate of the averages, at most `MAX_BETA`.
+        weight_decay: Decoupled weight decay.
+        step: The count of steps in the averages, this one included.
+        counts: The counts s, see `Sample.counts` and `unlimited`.
+    """
+    correction = 1 - beta**step
+    torch._fused_adamw_(
+        params,
+        grads,
+        averages,
+        squares,
+        [],
+        counts,
+        lr=lr / correction,
+        beta1=beta,
+        beta2=BETA2,
+        weight_decay=weight_decay * correction,
+        eps=0.0,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def unlimited(params: list[Tensor]) -> list[Tensor]:
+    """The counts that scale no update."""
+    return [torch.full((), math.inf, dtype=torch.float32, device=params[0].device)] * len(params)
+
+
+class Sample:
+    """Measures the updates of some tensors: small ones in full, of larger ones a regular sample of blocks.
+
+    Another pass over memory or two would cost as much again as the step. So the roots of the squares in the sample are
+    taken once, and kept for as long as these are the averages and squares.
+
+    Args:
+        averages: Moving averages of the gradients, dense.
+        squares: The squared denominators, in the same memory layout.
+    """
+
+    def __init__(self, averages: list[Tensor], squares: list[Tensor]) -> None:
+        self._of = (averages, squares)
+        self._strides = [_stride(m) for m in averages]
+        self._averages = self._taken(averages)
+        self._inverse_roots = list(torch._foreach_sqrt(self._taken(squares)))
+        torch._foreach_reciprocal_(self._inverse_roots)
+        sizes = [-float(max(m.numel(), 1)) for m in self._averages]
+        self._negated_sizes = torch.tensor(sizes, dtype=torch.float32, device=averages[0].device)
+
+    def is_of(self, averages: list[Tensor], squares: list[Tensor]) -> bool:
+        """Whether it is of these very tensors."""
+        return all(map(operator.is_, (*averages, *squares), (*self._of[0], *self._of[1])))
+
+    def counts(self, grads: list[Tensor], beta: float, limit: float) -> list[Tensor]:
+        """The step counts with which the RMS of each ``m / sqrt(square)``, after this step's averaging, has a limit."""
+        terms = torch._foreach_lerp(self._averages, self._taken(grads), 1 - beta)
+        torch._foreach_mul_(terms, self._inverse_roots)
+        sums = torch.stack(torch._foreach_norm(terms)).square_()
+        # Minus x. Within 2^60 the square of the limit is in range of float32.
+        x = (self._negated_sizes / sums).mul_(min(max(limit, 2.0**-60), 2.0**60) ** 2).clamp_(-1.0, -LEAST)
+        return list(x.log1p_().mul_(1 / math.log1p(BETA2 - 1)).unbind())
+
+    def _taken(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [_blocks(x, s) if s > 1 else x for x, s in zip(tensors, self._strides, strict=True)]
+
+
+def _stride(x: Tensor) -> int:
+    """How many blocks of a tensor make for one in the sample; odd, to not meet the same columns of a matrix always."""
+    return max((min(x.numel() // FULL, MOST) - 1) | 1, 1)
+
+
+def _blocks(x: Tensor, stride: int) -> Tensor:
+    """The first one of each so many blocks of a dense tensor, in the order of memory: a view."""
+    blocks = (x.numel() // BLOCK + stride - 1) // stride
+    return x.as_strided((blocks, BLOCK), (BLOCK * stride, 1))
+
+
+def can_fuse(params: list[Tensor], averages: list[Tensor], squares: list[Tensor], beta: float) -> bool:
+    """Whether `adamw_with_frozen_square` is for these parameters, all on one device and of one dtype."""
+    if params[0].dtype != torch.float32 or beta > MAX_BETA or not is_exact(params[0].device.type):
+        return False
+    # The averages were made dense, in the parameters' own layout if that is dense. Looked at in each step: a
+    # parameter's data can be replaced.
+    strides = [p.stride() for p in params]
+    return strides == [m.stride() for m in averages] and strides == [v.stride() for v in squares]
+
+
+def laid_out_as(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied where their memory layout is not their parameter's: the kernel would mix entries up."""
+    return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
+
+
+@functools.cache
+def is_exact(device: str) -> bool:
+    """Whether the kernel is there for a kind of device and does what we need; tried out once, on two small tensors."""
+    square, gradient = 4.0, 6.0
+    try:
+        p, g, m, v = (
+            [torch.full((n,), x, dtype=torch.float32, device=device) for n in (3, 70)]
+            for x in (1.0, gradient, 0.0, square)
+        )
+        for counts in (unlimited(p), Sample(m, v).counts(g, 0.0, 0.75)):
+            adamw_with_frozen_square(p, g, m, v, lr=0.5, beta=0.0, weight_decay=0.5, step=1, counts=counts)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    expected = (1.0 * 0.75 - 0.5 * 3.0) * 0.75 - 0.5 * 0.75
+    return all(
+        torch.allclose(x, torch.full_like(x, y), rtol=1e-5, atol=0.0)
+        for listed, y in ((p, expected), (m, gradient), (v, square))
+        for x in listed
+    )
