@@ -164,6 +164,24 @@ def test_groups_dtypes_and_missing_gradients(monkeypatch, lr):
     assert calls == [2, 3] * 2 + [1, 3] * 2 + [1, 1, 3] + [1, 1, 2] + [1, 1, 2, 1] * 2
 
 
+def test_a_state_replaced_by_hand_is_followed():
+    model = Bag()
+    optimizer = _optimizer(model, lr=0.05, clip=0.5)
+    _set_gradients(model, 0)
+    optimizer.step()
+    for p in model.parameters():
+        state = optimizer.state[p]
+        state.update(exp_avg=torch.zeros_like(p), preconditioner=state["preconditioner"] / 100)
+    before = model.conv.detach().double().clone()
+    optimizer.step()
+    m = 0.1 * model.conv.grad.double() / (1 - 0.9**2)
+    update = m / optimizer.state[model.conv]["preconditioner"].double().sqrt()
+    update *= 0.5 / update.square().mean().sqrt()
+    torch.testing.assert_close(
+        model.conv.detach().double(), before * (1 - 0.05 * 0.01) - 0.05 * update, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_a_group_added_and_data_replaced_are_followed():
     model = Bag()
     optimizer = _optimizer(model, params=[model.vector, model.conv, model.large], lr=0.05)
