@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Means
+from fishopt.optim.averages import Average
+from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.curvature import Moment
 from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
@@ -100,16 +101,15 @@ class FisherAdam(FisherOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["betas"][1])
 
-    def _preconditioner(
-        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
-    ) -> Tensor:
+    def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
         factor = moment.scale**2 * moment.dispersion / moment.batch_size
-        denominator = (
-            (fisher * factor).sqrt_().add_((means.layer * factor).sqrt() * group["damping"]).add_(group["eps"])
-        )
-        # Squared, as Adam keeps its second moment; not zero, which no gradient may be divided by.
-        return denominator.square_().clamp_min_(torch.finfo(fisher.dtype).tiny)
+        least = (fisher.layer * factor).sqrt().mul_(group["damping"]).add_(group["eps"])
+        # Not zero, which no gradient may be divided by, nor is its square.
+        least.clamp_min_(torch.finfo(least.dtype).tiny ** 0.5)
+        root = fisher.values.sqrt_()
+        # Squared, as Adam keeps its second moment.
+        return torch.add(least, root, alpha=(factor * fisher.correction) ** 0.5, out=root).square_()
 
     def _update(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:

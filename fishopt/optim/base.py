@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishopt.batch import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
-from fishopt.groups import Groups, by_layer
+from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import unscale
+from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another
 from fishopt.optim.curvature import Curvature, Moment, training_likelihood
@@ -28,13 +29,6 @@ from fishopt.selection import CRITERIA
 
 EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
-
-
-class Means(NamedTuple):
-    """The mean of the averaged Fisher diagonal over a parameter's layer and over the model, scalar tensors."""
-
-    layer: Tensor
-    model: Tensor
 
 
 class FisherOptimizer(torch.optim.Optimizer, ABC):
@@ -92,14 +86,11 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """The decay rate, per refresh, of the moving average of the estimate."""
 
     @abstractmethod
-    def _preconditioner(
-        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
-    ) -> Tensor:
+    def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
         """The curvature of one parameter in the form that `_update` wants it in, a tensor of the parameter's shape.
 
         Args:
-            fisher: The averaged, bias-corrected Fisher diagonal of one parameter, not negative.
-            means: What damping can be relative to.
+            fisher: The averaged Fisher diagonal of one parameter; its values may be overwritten.
             group: The parameter group, with its hyperparameters.
             state: The parameter's state, for what else the rule keeps.
             moment: Batch size and scales.
@@ -271,26 +262,12 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             return False
         self._moment, self._plan = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
-        fishers = {name: self._average(*options[name], new) for name, new in estimate.diagonal.items()}
-        over_model = _mean(fishers.values())
-        # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
-        for names in by_layer(fishers).values():
-            means = Means(_mean(fishers[name] for name in names), over_model)
-            for name in names:
-                p, group = options[name]
-                state = self.state[p]
-                state["preconditioner"] = self._preconditioner(fishers[name], means, group, state, self._moment)
+        states = {name: self.state[options[name][0]] for name in estimate.diagonal}
+        decays = {name: self._decay(options[name][1]) for name in estimate.diagonal}
+        for name, fisher in averaged(estimate.diagonal, states, decays).items():
+            group, state = options[name][1], states[name]
+            state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
         return True
-
-    def _average(self, p: Tensor, group: dict[str, Any], new: Tensor) -> Tensor:
-        """Takes an estimate into a parameter's moving average; returns that, corrected for its start at zero."""
-        state = self.state[p]
-        if "fisher" not in state:
-            state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(p), fisher=torch.zeros_like(p))
-        state["fisher"].lerp_(new, 1 - self._decay(group))
-        state["refreshes"] += 1
-        # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
-        return (state["fisher"] / (1 - self._decay(group) ** state["refreshes"])).clamp_min_(0)
 
     def _planned(self) -> Plan:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""
@@ -320,10 +297,3 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             "names": [[self._name_of[p] for p in group["params"]] for group in self.param_groups],
             "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
         }
-
-
-def _mean(parts: Iterable[Tensor]) -> Tensor:
-    """The mean over the entries of several tensors."""
-    listed = list(parts)
-    sums = torch.stack([part.sum().to(listed[0].device) for part in listed])
-    return sums.sum() / max(sum(part.numel() for part in listed), 1)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.base import FisherOptimizer, Means
+from fishopt.optim.averages import Average
+from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
@@ -102,14 +103,13 @@ class DiagonalNGD(FisherOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["decay"])
 
-    def _preconditioner(
-        self, fisher: Tensor, means: Means, group: dict[str, Any], state: dict[str, Any], moment: Moment
-    ) -> Tensor:
-        peak = torch.maximum(means.model, state["peak"]) if "peak" in state else means.model.clone()
+    def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
+        peak = torch.maximum(fisher.model, state["peak"]) if "peak" in state else fisher.model.clone()
         state["peak"] = peak
-        tiny = torch.finfo(fisher.dtype).tiny
+        least = (peak * group["damping"]).clamp_min_(torch.finfo(peak.dtype).tiny).mul_(moment.scale)
+        values = fisher.values
         # The root of what the gradient is divided by: the length of m times it is the step's divergence.
-        return (fisher + peak * group["damping"]).clamp_min_(tiny).mul_(moment.scale).rsqrt_()
+        return torch.add(least, values, alpha=fisher.correction * moment.scale, out=values).rsqrt_()
 
     def _update(self, buckets: list[Bucket]) -> None:
         moves, lengths = [], []

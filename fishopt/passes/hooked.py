@@ -52,13 +52,14 @@ class Call(NamedTuple):
 
 def covers(shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> bool:
     """Whether this pass is right for the parameters ``names`` of this network."""
-    if not shadow.structure(inputs).hookable.issuperset(names):
-        return False
-    # Other names than these are what a reparametrisation, such as weight_norm's, makes the weight of.
-    return all(
-        rule_for(shadow.module.get_submodule(path)) is not None and own in {"weight", "bias"}
-        for path, own in map(_split, names)
-    )
+    key = tuple(names)
+    if key not in shadow.covered:
+        # Other names than these are what a reparametrisation, such as weight_norm's, makes the weight of.
+        shadow.covered[key] = shadow.structure(inputs).hookable.issuperset(names) and all(
+            rule_for(shadow.module.get_submodule(path)) is not None and own in {"weight", "bias"}
+            for path, own in map(_split, names)
+        )
+    return shadow.covered[key]
 
 
 class HookedPass(Pass):

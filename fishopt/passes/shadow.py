@@ -24,6 +24,7 @@ class Shadow:
 
     Attributes:
         module: The copy.
+        covered: For an engine's own notes on which sets of parameters it covers.
         takes_hooks: Cleared once a forward with backward hooks on the modules has failed.
 
     Args:
@@ -35,7 +36,9 @@ class Shadow:
         self._structure: Structure | None = None
         self.takes_hooks = True
         self._originals = dict(self._model.named_parameters())
+        self.covered: dict[tuple[str, ...], bool] = {}
         self.module = _shadow_of(self._model)
+        self._settings = _settings(self.module)
 
     @cached_property
     def extended(self) -> nn.Module:
@@ -54,7 +57,7 @@ class Shadow:
 
     def is_current(self) -> bool:
         """Whether it still stands for the model: moves, new parts, other settings and ``p.data = ...`` end that."""
-        return _settings(self._model) == _settings(self.module) and all(
+        return _settings(self._model) == self._settings and all(
             _aliases(_tensors(self._model), _tensors(copied))
             for copied in (self.module, self.__dict__.get("extended"))
             if copied is not None

@@ -1,0 +1,75 @@
+"""From new estimates to what preconditioners are made of: a moving average of each parameter's Fisher diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fishopt.groups import by_layer
+from fishopt.passes import Diagonal
+
+State = dict[str, Any]
+
+
+class Average(NamedTuple):
+    """The averaged Fisher diagonal of one parameter, ``correction * values``, and what damping can be relative to.
+
+    The factor is left out of the values to spare a pass over them; there are few enough to matter.
+
+    Attributes:
+        values: Of the parameter's shape, not negative, not corrected for the average's start at zero. They lie in the
+            memory of the last preconditioner and may be overwritten.
+        correction: What corrects them.
+        layer: The corrected mean over the parameter's layer, a scalar tensor.
+        model: The same over the model.
+    """
+
+    values: Tensor
+    correction: float
+    layer: Tensor
+    model: Tensor
+
+
+def averaged(new: Diagonal, states: Mapping[str, State], decays: Mapping[str, float]) -> dict[str, Average]:
+    """Takes estimates into the moving averages that the parameters' states hold.
+
+    Args:
+        new: The estimates.
+        states: Each parameter's state; what it lacks is put there.
+        decays: The decay rate of each average.
+    """
+    for name, state in states.items():
+        if "fisher" not in state:
+            like = new[name]
+            state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(like), fisher=torch.zeros_like(like))
+        state["refreshes"] += 1
+    for decay in set(decays.values()):
+        same = [name for name in states if decays[name] == decay]
+        torch._foreach_lerp_([states[name]["fisher"] for name in same], [new[name] for name in same], 1 - decay)
+    # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
+    values = {name: _not_negative(state) for name, state in states.items()}
+    corrections = {name: 1 / (1 - decays[name] ** state["refreshes"]) for name, state in states.items()}
+    sums = {name: value.sum() * corrections[name] for name, value in values.items()}
+    sizes = {name: max(value.numel(), 1) for name, value in values.items()}
+    model = _mean(sums, sizes, sums)
+    found = {}
+    # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
+    for names in by_layer(states).values():
+        layer = _mean(sums, sizes, names)
+        found.update({name: Average(values[name], corrections[name], layer, model) for name in names})
+    return found
+
+
+def _not_negative(state: State) -> Tensor:
+    fisher: Tensor = state["fisher"]
+    memory = state["preconditioner"] if "preconditioner" in state else torch.empty_like(fisher)
+    return torch.clamp_min(fisher, 0, out=memory)
+
+
+def _mean(sums: Mapping[str, Tensor], sizes: Mapping[str, int], names: Iterable[str]) -> Tensor:
+    listed = list(names)
+    device = sums[listed[0]].device
+    return torch.stack([sums[name].to(device) for name in listed]).sum() / sum(sizes[name] for name in listed)
