@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fishopt
-from fishopt.optim import fused
+from fishopt.optim import buckets, fused
 from fishopt.optim.curvature import Curvature, Estimate, Moment
 
 BOTH = [fishopt.FisherAdam, fishopt.DiagonalNGD]
-SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 401)}
+SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 1001)}
 
 
 class Bag(nn.Module):
@@ -330,7 +330,8 @@ def test_a_kernel_that_does_something_else_is_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize("radius", [1e30, 1e-4])
-def test_ngd_is_its_formula(radius):
+def test_ngd_is_its_formula(monkeypatch, radius):
+    monkeypatch.setattr(buckets, "PART", 2**17)  # cuts the large one
     model = Bag()
     model.matrix.data = model.matrix.data.double()
     shared = {"momentum": 0.8, "kl_radius": radius}
@@ -363,6 +364,25 @@ def test_ngd_is_its_formula(radius):
     assert set(limited) == {radius < 1}
     for p, value in values.items():
         torch.testing.assert_close(p.detach().double(), value, rtol=2e-5, atol=2e-6)
+
+
+def test_parts_hold_each_entry_once_and_are_cut_alike(monkeypatch):
+    monkeypatch.setattr(buckets, "PART", 2**17)
+    sizes = [(300, 1001), (7,), (), (0,), (500, 301), (2**17,), (3,)]
+    tensors = [torch.arange(math.prod(size), dtype=torch.float32).view(size) for size in sizes]
+    tensors.append(torch.zeros(600, 400).t())  # not contiguous: in one piece
+    copies = [x.clone() for x in tensors]
+    found = list(buckets.in_parts(tensors, copies))
+    assert all(torch.equal(a, b) for part in found for a, b in zip(*part, strict=True))
+    assert all(sum(x.numel() for x in part[0]) <= 2**17 for part in found[:-1])
+    for part in found:
+        for listed in part:
+            for x in listed:
+                x.add_(1)
+    for x, shape in zip(tensors[:-1], sizes, strict=True):
+        assert torch.equal(x, torch.arange(math.prod(shape), dtype=torch.float32).view(shape) + 1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+    assert (tensors[-1] == 1).all()
 
 
 # --- both ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from fishopt.optim.fused import Sample
 
 State = dict[str, Any]
+
+PART = 2**20
+"""Entries that are worked on at a time, on a CPU: fewer, and each part's fixed costs show."""
 
 
 @dataclass
@@ -96,3 +99,30 @@ def plan(groups: Iterable[dict[str, Any]], states: dict[Tensor, State]) -> Plan:
             bucket.states.append(state)
     found.buckets.extend(buckets.values())
     return found
+
+
+def in_parts(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Lists of tensors in parts of about `PART` entries, all lists cut alike, large tensors into flat views.
+
+    A temporary of a part's size is used again for the next part, and stays in cache. A large one is new memory in each
+    step, which takes the system longer to hand out than the step itself. On other devices than a CPU, whose memory is
+    kept at hand, there is one part.
+    """
+    first = lists[0]
+    if first[0].device.type != "cpu" or sum(x.numel() for x in first) <= PART:
+        yield lists
+        return
+    part: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    filled = 0
+    for tensors in zip(*lists, strict=True):
+        pieces: Iterable[tuple[Tensor, ...]] = [tensors]
+        if tensors[0].numel() > PART and all(x.is_contiguous() for x in tensors):
+            pieces = zip(*(x.view(-1).split(PART) for x in tensors), strict=True)
+        for piece in pieces:
+            if filled and filled + piece[0].numel() > PART:
+                yield part
+                part, filled = tuple([] for _ in lists), 0
+            for listed, x in zip(part, piece, strict=True):
+                listed.append(x)
+            filled += piece[0].numel()
+    yield part

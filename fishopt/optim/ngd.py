@@ -12,7 +12,7 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
-from fishopt.optim.buckets import Bucket
+from fishopt.optim.buckets import Bucket, in_parts
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
@@ -116,21 +116,24 @@ class DiagonalNGD(FisherOptimizer):
         for bucket in buckets:
             group = bucket.group
             bucket.advance()
-            averages = bucket.kept("exp_avg")
-            torch._foreach_lerp_(averages, bucket.grads(), 1 - group["momentum"])
+            parts = list(in_parts(bucket.params, bucket.grads(), bucket.kept("exp_avg"), bucket.kept("preconditioner")))
+            norms: list[Tensor] = []
+            for _, grads, averages, roots in parts:
+                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                norms += torch._foreach_norm(torch._foreach_mul(averages, roots))
             rate = float(group["lr"]) / (1 - group["momentum"] ** bucket.step)  # corrects for the start at zero
-            roots = bucket.kept("preconditioner")
             # d^T (F + damping) d = lr^2 m^T m / (F + damping), without another look at F.
-            halves = torch._foreach_mul(averages, roots)
             radius = 2 * group["kl_radius"] * self._moment.scale * self._moment.dispersion
-            lengths.append(torch.stack(torch._foreach_norm(halves)).mul_(rate / math.sqrt(radius)))
-            moves.append((bucket, halves, roots, rate))
+            lengths.append(torch.stack(norms).mul_(rate / math.sqrt(radius)))
+            moves.append((group, parts, rate))
         if not moves:
             return
         length = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths]))
         scale = length.clamp_min_(1.0).reciprocal_()
-        for bucket, halves, roots, rate in moves:
-            torch._foreach_mul_(halves, scale.to(halves[0].device))
-            if bucket.group["weight_decay"]:
-                torch._foreach_mul_(bucket.params, 1 - float(bucket.group["lr"]) * bucket.group["weight_decay"])
-            torch._foreach_addcmul_(bucket.params, halves, roots, value=-rate)
+        for group, parts, rate in moves:
+            for params, _, averages, roots in parts:
+                steps = torch._foreach_mul(averages, roots)
+                torch._foreach_mul_(steps, scale.to(steps[0].device))
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
+                torch._foreach_addcmul_(params, steps, roots, value=-rate)
