@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_ELEMENTS = 2**20
-"""Numbers in the per-input gradients that are formed at a time: few enough to stay in a processor's cache."""
+MAX_ELEMENTS = 2**21
+"""Numbers in the per-input gradients, or in their factors, that are formed at a time: few enough for a cache."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Summed(PerInput):
         columns: K.
         count: N.
         shape: The parameter's, ``G * O * J`` entries.
+        width: Numbers that one input's right factors hold.
     """
 
     def __init__(
@@ -130,12 +131,15 @@ class Summed(PerInput):
         columns: int,
         count: int,
         shape: torch.Size,
+        width: int,
     ) -> None:
         super().__init__(shape, count)
-        self._g, self._u, self._columns = g, u, columns
+        self._g, self._u = g, u
+        self._largest = max(shape.numel() * columns, width, 1)
 
     def reduced(self, reduction: Reduction, *, per_input: bool) -> Tensor:
-        step = max(1, MAX_ELEMENTS // max(self.shape.numel() * self._columns, 1))
+        step = max(1, MAX_ELEMENTS // self._largest)
+        step -= step % 2 if step > 2 else 0  # an even number of products, one for each thread
         parts = (
             reduction.per_input(self._formed(rows), rows)
             for rows in (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
