@@ -78,7 +78,7 @@ def _schedule(*, quick: bool) -> list[tuple[str, int, Effort]]:
         return [("mlp, 0.3M", 10, Effort(budget=0.5, least=2, most=2, shortest=0, long=math.inf))]
     dear = Effort(budget=60, least=7, most=7, shortest=0, long=math.inf)
     cheap = Effort(budget=30, least=7, most=30, shortest=0, long=math.inf)
-    return [("mlp, 0.3M", 50, cheap), ("mlp, 1.3M", 50, cheap), ("3c3d, 0.9M", 20, dear)]
+    return [("mlp, 0.3M", 60, cheap), ("mlp, 1.3M", 60, cheap), ("mlp, 5.8M", 20, dear), ("3c3d, 0.9M", 20, dear)]
 
 
 def _workload(name: str, setting: Setting) -> Problem:
@@ -86,8 +86,8 @@ def _workload(name: str, setting: Setting) -> Problem:
     batch = 16 if setting.quick else 128
     if name.startswith("3c3d"):
         return problem(name, conv3_dense3(), (3, 32, 32), batch, setting.device)
-    widths = (784, 256, 256, 128, 10) if "0.3M" in name else (784, 1024, 512, 10)
-    return problem(name, mlp(widths), widths[:1], batch, setting.device)
+    hidden = {"mlp, 0.3M": (256, 256, 128), "mlp, 1.3M": (1024, 512), "mlp, 5.8M": (2048, 2048)}[name]
+    return problem(name, mlp((784, *hidden, 10)), (784,), batch, setting.device)
 
 
 class _Training:

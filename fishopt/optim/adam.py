@@ -66,8 +66,8 @@ class FisherAdam(FisherOptimizer):
         weight_decay: float = 1e-2,
         estimator: str = "auto",
         criterion: str = "efficiency",
-        refresh_every: int = 10,
-        refresh_inputs: int = 32,
+        refresh_every: int = 20,
+        refresh_inputs: int = 16,
         maximize: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:

@@ -25,7 +25,7 @@ class Shadow:
     Attributes:
         module: The copy.
         covered: For an engine's own notes on which sets of parameters it covers.
-        takes_hooks: Cleared once a forward with backward hooks on the modules has failed.
+        takes_hooks: Cleared once a forward with hooks on the modules has failed.
 
     Args:
         model: The user's network; wrappers by `torch.compile` and data parallelism are looked through.
@@ -38,7 +38,7 @@ class Shadow:
         self._originals = dict(self._model.named_parameters())
         self.covered: dict[tuple[str, ...], bool] = {}
         self.module = _shadow_of(self._model)
-        self._settings = _settings(self.module)
+        self._looks = [(module, _look(module)) for module in self._model.modules()]
 
     @cached_property
     def extended(self) -> nn.Module:
@@ -57,11 +57,7 @@ class Shadow:
 
     def is_current(self) -> bool:
         """Whether it still stands for the model: moves, new parts, other settings and ``p.data = ...`` end that."""
-        return _settings(self._model) == self._settings and all(
-            _aliases(_tensors(self._model), _tensors(copied))
-            for copied in (self.module, self.__dict__.get("extended"))
-            if copied is not None
-        )
+        return all(_look(module) == look for module, look in self._looks)
 
     def structure(self, inputs: tuple[Any, ...]) -> Structure:
         """How the output depends on each parameter; found once, on a few of the inputs."""
@@ -115,23 +111,19 @@ def _rows(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     )
 
 
-def _settings(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
-    """Each module's kind and plain attributes, such as a temperature that changes in training."""
-    plain = (bool, int, float, str, NoneType)
-    return [
-        (path, type(m), {k: v for k, v in vars(m).items() if isinstance(v, plain) and k not in {"training", "inplace"}})
-        for path, m in model.named_modules()
-    ]
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _aliases(originals: list[tuple[str, Tensor]], copies: list[tuple[str, Tensor]]) -> bool:
-    return len(originals) == len(copies) and all(
-        name == other and _place(a) == _place(b) for (name, a), (other, b) in zip(originals, copies, strict=True)
+def _look(module: nn.Module) -> tuple[Any, ...]:
+    """All of one module that a copy of it rests on: its parts, plain attributes such as a temperature, and storage."""
+    attributes = vars(module)
+    return (
+        type(module),
+        tuple(module._modules.items()),
+        {k: v for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in _IGNORED},
+        [(k, _place(t)) for own in (module._parameters, module._buffers) for k, t in own.items() if t is not None],
     )
+
+
+_PLAIN = (bool, int, float, str, NoneType)
+_IGNORED = {"training", "inplace"}
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, int]:
