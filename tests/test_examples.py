@@ -1,6 +1,7 @@
 """What is shown to users runs: the examples in a reduced size, the README's code, the benchmark's pieces."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -84,3 +85,17 @@ def test_the_benchmark_of_defaults(problem):
     assert show(results).row_count == len(METHODS)
     assert TABLES[problem].name in markdown(results)
     assert results[1].curvature_share > 0
+
+
+def test_the_benchmark_of_cost(tmp_path, capsys):
+    from benchmarks.cost import main
+
+    threads = torch.get_num_threads()
+    main(["--quick", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    measured = json.loads((tmp_path / "cost.json").read_text())
+    assert {"cost.png", "cost_growth.png"} < {path.name for path in tmp_path.iterdir()}
+    assert all(
+        name in json.dumps(measured) for name in ("passes", "update", "step", "growth", "hutchinson", "AdaHessian")
+    )
+    assert "BackPACK SumGradSquared" in capsys.readouterr().out

@@ -354,7 +354,7 @@ def test_groups_of_the_same_name_are_all_trained(kind):
 @both
 def test_frozen_parameters_with_gradients_do_not_force_refreshes(kind):
     model, x, y = _problem()
-    optimizer = kind(model, nn.CrossEntropyLoss())
+    optimizer = kind(model, nn.CrossEntropyLoss(), refresh_every=10)
     _train(model, optimizer, x, y, steps=1)
     model[0].requires_grad_(False)
     for _ in range(39):

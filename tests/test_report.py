@@ -30,7 +30,7 @@ def test_table_and_dict_say_the_same():
     for row in content["rows"]:
         assert row["group"] in text
         assert row["estimator"] in text
-        assert row["refreshes"] == 16
+        assert row["refreshes"] == 13
     assert "Remark" in text
     assert "curvature:" in text
     assert [entry["step"] for entry in content["history"]] == [0, 40]
