@@ -85,7 +85,7 @@ class Batch:
 
         Args:
             names: Parameters.
-            per_input: Whether one value per input will be asked for, which takes more memory.
+            per_input: Whether values per input will be asked for, or sums of their squares, which can take more memory.
 
         Raises:
             ValueError: If the network's output does not fit the likelihood.

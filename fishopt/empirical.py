@@ -47,7 +47,7 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
     checked_targets(targets, len(batch))
     family, n = batch.likelihood, len(batch)
     exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
-    for through, h, rows in batch.chunks(batch.names):
+    for through, h, rows in batch.chunks(batch.names, per_input=True):
         c = family.residual(h, family.valid_targets(h, targets[rows]))
         units, ones = unit_columns(h), torch.ones_like(h.mT[:1])
         add(first, through.squared_vjp(c[None]))

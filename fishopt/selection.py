@@ -248,7 +248,7 @@ class _FirstDerivatives(NamedTuple):
 def _first_derivatives(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> _FirstDerivatives:
     outputs, costs = 0, dict.fromkeys(names, 0)
     totals: dict[str, Diagonal] = {name: batch.zeros(names) for name in ("I1", "inputs")}
-    for through, h, _ in batch.chunks(names):
+    for through, h, _ in batch.chunks(names, per_input=True):
         outputs, costs = h.shape[1], {name: through.hessian_cost(name, sketch) for name in names}
         factors = {
             "I1": bound_factor(batch.likelihood, h, "I1", tight=_is_small(h)),
@@ -264,7 +264,7 @@ def _first_derivatives(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> 
 def _curvature_bound(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> Diagonal:
     """The bound on V2, Eq. 9; of the sketch, where it is one, its own variance included."""
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(names):
+    for through, h, _ in batch.chunks(names, per_input=True):
         factor = bound_factor(batch.likelihood, h, "I2", tight=_is_small(h))
         add(total, weighed_norms(through, _directions(h), factor, "I2", sketch))
     return {name: value / len(batch) for name, value in total.items()}

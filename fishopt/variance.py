@@ -95,7 +95,7 @@ def mean_label_variance(
     """`label_variance` of a checked batch, for some of its parameters; with a sketch, its own variance included."""
     names = batch.names if names is None else names
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names)):  # no names for "exact"
+    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names), per_input=True):  # none for "exact"
         add(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h, sketch))
     return {name: value / len(batch) for name, value in total.items()}
 
@@ -140,7 +140,7 @@ def variance_bound(
     checked_option("side", side, SIDES)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names)):
+    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names), per_input=True):
         value = bound_factor(batch.likelihood, h, estimator, side, tight=tight)
         add(total, weighed_norms(through, unit_columns(h), value, estimator))
     return {name: value / len(batch) for name, value in total.items()}
@@ -204,7 +204,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     """
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names):
+    for through, h, _ in batch.chunks(batch.names, per_input=True):
         value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
         add(total, through.fourth_vjp(unit_columns(h)[None], value[None]))
     return {name: value / len(batch) for name, value in total.items()}

@@ -103,6 +103,39 @@ def test_gated_layers_do_not_share_a_closed_form():
         assert_close(fast.hessian_diagonal(c), slow.hessian_diagonal(c))
 
 
+class Fed(nn.Module):
+    """Two modules that feed one smooth function: each has a diagonal Hessian, the two together have not."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.left, self.right, self.top, self.join = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2), join
+
+    def forward(self, x):
+        return self.top(torch.tanh(self.join(self.left(x), self.right(x))))
+
+
+JOINED = {
+    "sum": lambda: Fed(lambda a, b: a + b),
+    "difference": lambda: Fed(lambda a, b: a - b),
+    "batch_norm": lambda: nn.Sequential(nn.Linear(3, 4), _norm(), nn.Sigmoid(), nn.Linear(4, 2)),
+    "conv_batch_norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2), _norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_modules_that_feed_one_smooth_function_are_kept_apart(name):
+    torch.manual_seed(0)
+    shadow = Shadow(JOINED[name]().double())
+    x, c = torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    with HookedPass(shadow, (x,), shadow.names) as fast, FunctionalPass(shadow, (x,), shadow.names) as slow:
+        assert len({n.rpartition(".")[0] for n in shadow.structure((x,)).diagonal}) == 2
+        assert_close(fast.hessian_diagonal(c), slow.hessian_diagonal(c))
+        weights = torch.rand(1, 3).double()
+        assert_close(fast.hessian_square(c[None], weights), slow.hessian_square(c[None], weights))
+
+
 def _deep(kind):
     torch.manual_seed(1)
     if kind == "conv":

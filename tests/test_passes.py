@@ -310,3 +310,50 @@ def test_reparametrised_weights(wrap):
     for name, p in model.named_parameters():
         rows = [torch.autograd.grad(h, p, retain_graph=True)[0] for h in model(x).flatten()]
         torch.testing.assert_close(found[name], sum(row.square() for row in rows) / 3)
+
+
+class InPlaceOnSequences(nn.Module):
+    """A linear layer's output on sequences is a view; changed in place, it is no longer what the hook saw."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.layer, self.top = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(8, 3)
+        self.change = change
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.top(self.change(self.layer(h), h).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda z, h: z.add_(h), lambda z, h: z.sigmoid_(), lambda z, h: z.mul_(2)],
+    ids=["skip", "sigmoid", "scale"],
+)
+def test_changes_in_place_are_followed_or_seen(change):
+    torch.manual_seed(0)
+    model = InPlaceOnSequences(change).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    d = derivatives(model, (x,))
+    expected = torch.einsum("nap,nap->p", d.first, d.first) / 3
+    assert_close(fishopt.fisher_diagonal(model, x, "gaussian", estimator="exact"), d.by_name(expected))
+
+
+def test_many_columns_are_not_held_at_once(monkeypatch):
+    """A thousand outputs: the cotangents at all modules, for all columns and inputs, would not fit."""
+    model, inputs, _ = Case("sigmoid", "categorical").build()
+    shadow = Shadow(model)
+    columns, weights = _columns(3, 3, 8)[None], torch.rand(1, 3, dtype=torch.float64)
+    held = []
+    with HookedPass(shadow, inputs, shadow.names) as through:
+        expected = through.fourth_vjp(columns, weights)
+        vjp = through._vjp
+        monkeypatch.setattr(through, "_vjp", lambda c, *rest: held.append(len(c)) or vjp(c, *rest))
+        monkeypatch.setattr("fishopt.passes.hooked.MAX_COTANGENTS", 1)
+        assert_close(through.fourth_vjp(columns, weights), expected)
+        monkeypatch.undo()
+        through._vjp = lambda c, *rest: held.append(len(c)) or vjp(c, *rest)
+        monkeypatch.setattr("fishopt.passes.hooked.MAX_GRADIENTS", 1)
+        assert_close(through.fourth_vjp(columns, weights), expected)
+        del through._vjp
+    assert max(held) == 3

@@ -452,3 +452,35 @@ def test_a_state_loaded_in_the_middle_continues_bit_for_bit(kind):
             optimizer.step()
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_parameters_that_change_groups_take_the_new_ones_settings(kind):
+    """By hand, between two steps, as some schedules of unfreezing do."""
+    model = Bag(("vector", "matrix"))
+    optimizer = _optimizer(model, kind, params=[{"params": [model.vector], "lr": 0.1}, {"params": [model.matrix]}])
+    _set_gradients(model, 0)
+    optimizer.step()
+    first, second = optimizer.param_groups
+    optimizer.param_groups[0] = {**first, "lr": 0.0, "weight_decay": 0.0}
+    before = model.vector.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.vector, before)
+    optimizer.param_groups[0]["params"], second["params"], second["lr"] = [model.matrix], [model.vector], 0.1
+    still = model.matrix.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.matrix, still)
+    assert not torch.equal(model.vector, before)
+
+
+def test_ngd_stands_still_where_there_are_no_residuals(monkeypatch):
+    """Targets met exactly: no dispersion, no gradient, no step, and no division by zero."""
+    model = Bag(("vector",))
+    given = Curvature.refresh
+    nothing = Moment(4, 1.0, 0.0)
+    monkeypatch.setattr(Curvature, "refresh", lambda *args: given(*args)._replace(moment=nothing))
+    optimizer = _optimizer(model, fishopt.DiagonalNGD)
+    model.vector.grad = torch.zeros_like(model.vector)
+    before = model.vector.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.vector, before)

@@ -271,17 +271,18 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
 
     def _planned(self) -> Plan:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""
-        params = with_gradient(self.param_groups)
-        if self._plan is None or not self._plan.is_for(params):
-            self._plan = plan(self.param_groups, self.state)
+        members = with_gradient(self.param_groups)
+        if self._plan is None or not self._plan.is_for(members):
+            self._plan = plan(members, self.state)
         return self._plan
 
     def _refuse_sparse_gradients(self) -> None:
-        for p in with_gradient(self.param_groups):
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
-                )
+        for _, params in with_gradient(self.param_groups):
+            for p in params:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
+                    )
 
     # --- groups ---
 

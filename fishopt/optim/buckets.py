@@ -52,42 +52,48 @@ class Bucket:
         return list(torch._foreach_neg(grads)) if self.group["maximize"] and grads else grads
 
 
+Members = list[tuple[dict[str, Any], list[Tensor]]]
+"""Each parameter group with those of its parameters that have a gradient."""
+
+
 @dataclass
 class Plan:
     """A sorting of parameters into buckets.
 
     Attributes:
-        params: All that have a gradient.
-        buckets: Those of them that have an estimate.
+        members: What was sorted.
+        buckets: The parameters that have an estimate.
         waiting: Those that have none.
     """
 
-    params: list[Tensor]
-    buckets: list[Bucket]
-    waiting: list[Tensor]
+    members: Members
+    buckets: list[Bucket] = field(default_factory=list)
+    waiting: list[Tensor] = field(default_factory=list)
 
-    def is_for(self, params: list[Tensor]) -> bool:
-        """Whether it is a plan for just these parameters, by identity."""
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
-
-
-def with_gradient(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The parameters that have a gradient."""
-    return [p for group in groups for p in group["params"] if p.grad is not None]
+    def is_for(self, members: Members) -> bool:
+        """Whether it is a plan for just these groups and parameters, by identity."""
+        return len(members) == len(self.members) and all(
+            group is other and len(params) == len(others) and all(map(operator.is_, params, others))
+            for (group, params), (other, others) in zip(members, self.members, strict=True)
+        )
 
 
-def plan(groups: Iterable[dict[str, Any]], states: dict[Tensor, State]) -> Plan:
+def with_gradient(groups: Iterable[dict[str, Any]]) -> Members:
+    """The parameters that have a gradient, by group."""
+    return [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
+
+
+def plan(members: Members, states: dict[Tensor, State]) -> Plan:
     """Sorts the parameters that have a gradient.
 
     Args:
-        groups: The optimizer's parameter groups.
+        members: These parameters, by group.
         states: The optimizer's state; parameters of which it holds a ``"preconditioner"`` have an estimate.
     """
     buckets: dict[Any, Bucket] = {}
-    found = Plan([], [], [])
-    for i, group in enumerate(groups):
-        for p in with_gradient([group]):
-            found.params.append(p)
+    found = Plan(members)
+    for i, (group, params) in enumerate(members):
+        for p in params:
             state = states.get(p, {})
             if "preconditioner" not in state:
                 found.waiting.append(p)

@@ -16,6 +16,9 @@ from fishopt.optim.buckets import Bucket, in_parts
 from fishopt.optim.curvature import Moment
 from fishopt.optim.units import Params
 
+TINY = torch.finfo(torch.float32).tiny
+"""The least dispersion that is divided by."""
+
 
 class DiagonalNGD(FisherOptimizer):
     r"""Natural gradient: ``m / (F + damping * peak mean F)``, no longer than a predicted KL divergence allows.
@@ -123,7 +126,8 @@ class DiagonalNGD(FisherOptimizer):
                 norms += torch._foreach_norm(torch._foreach_mul(averages, roots))
             rate = float(group["lr"]) / (1 - group["momentum"] ** bucket.step)  # corrects for the start at zero
             # d^T (F + damping) d = lr^2 m^T m / (F + damping), without another look at F.
-            radius = 2 * group["kl_radius"] * self._moment.scale * self._moment.dispersion
+            # Without residuals there is no dispersion: any step is too long then, but the gradient is zero as well.
+            radius = 2 * group["kl_radius"] * self._moment.scale * max(self._moment.dispersion, TINY)
             lengths.append(torch.stack(norms).mul_(rate / math.sqrt(radius)))
             moves.append((group, parts, rate))
         if not moves:

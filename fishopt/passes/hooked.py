@@ -35,17 +35,19 @@ from fishopt.passes.shadow import Shadow
 MAX_COTANGENTS = 2**22
 """Numbers at the modules' outputs that one batched backward may bring; at least three columns go together."""
 
+MAX_GRADIENTS = 2**25
+"""Numbers that one input's gradients for these columns may hold."""
+
 BATCHED_UP_TO = 2**20
 """Above so many numbers per column vmap gains nothing over one backward for each."""
 
 
 class Call(NamedTuple):
-    """One module's call: its rule, its input, that input's version, and its output's place in the graph."""
+    """One module's call: its rule, its input, and its output's shape and place in the graph."""
 
     module: nn.Module
     rule: Rule
     a: Tensor
-    version: int
     edge: GradientEdge
     shape: torch.Size
 
@@ -76,6 +78,7 @@ class HookedPass(Pass):
         self._shadow = shadow
         self._inputs = inputs
         self._calls: dict[str, Call] = {}
+        self._watched: list[tuple[Tensor, int]] = []
         owners = dict.fromkeys(_split(name)[0] for name in self.names)
         handles = [shadow.module.get_submodule(path).register_forward_hook(self._recorder(path)) for path in owners]
         try:
@@ -84,8 +87,9 @@ class HookedPass(Pass):
         finally:
             for handle in handles:
                 handle.remove()
-        if any(call.a._version != call.version for call in self._calls.values()):
-            raise RuntimeError("the input of a module was changed in place after the module had used it")
+        if any(tensor._version != version for tensor, version in self._watched):
+            raise RuntimeError("what went into or came out of a module was changed in place and cannot be followed")
+        self._watched.clear()
         self.outputs = self._graph.detach()
 
     def close(self) -> None:
@@ -103,7 +107,10 @@ class HookedPass(Pass):
     def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
         total: Diagonal = {}
         groups, members = columns.shape[:2]
-        step = max(1, self._columns_at_once(self._by_path(names)) // members)
+        at_once = self._columns_at_once(self._by_path(names))
+        if members > at_once:
+            return super().fourth_vjp(columns, weights, names=names)
+        step = at_once // members
         for start in range(0, groups, step):
             some = slice(start, start + step)
             flat = columns[some].flatten(0, 1)
@@ -147,7 +154,9 @@ class HookedPass(Pass):
 
     def _columns_at_once(self, paths: Sequence[str]) -> int:
         size = sum(self._calls[path].shape.numel() for path in paths)
-        return max(3, MAX_COTANGENTS // max(size, 1))
+        # A rule forms at least one input's gradient, for all of the columns.
+        largest = max(p.numel() for path in paths for p in self._calls[path].module.parameters(recurse=False))
+        return max(3, min(MAX_COTANGENTS // max(size, 1), MAX_GRADIENTS // max(largest, 1)))
 
     # --- second derivatives ---
 
@@ -214,9 +223,14 @@ class HookedPass(Pass):
         return closed, sketched, [name for name in rest if name not in sketched]
 
     def _closed(self, columns: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        ones = {path: self._calls[path].a.new_ones(self._calls[path].shape) for path in self._by_path(names)}
-        found = [self._hessian_product(column, ones) for column in columns]
-        return {path: torch.stack([one[path] for one in found]) for path in ones}
+        # One module at a time: two that feed the same smooth function have a diagonal each, and a block in common.
+        return {
+            path: torch.stack([self._diagonal(column, path) for column in columns]) for path in self._by_path(names)
+        }
+
+    def _diagonal(self, cotangent: Tensor, path: str) -> Tensor:
+        call = self._calls[path]
+        return self._hessian_product(cotangent, {path: call.a.new_ones(call.shape)})[path]
 
     def _probed(self, columns: Tensor, names: Sequence[str], sketch: Sketch | None) -> dict[str, Tensor]:
         """Random signs and, after all of them, their products with the Hessian: ``[2 M, N, ...]``."""
@@ -267,7 +281,9 @@ class HookedPass(Pass):
             a = args[0].detach()
             rule = rule_for(module)
             if rule is not None:
-                self._calls[path] = Call(module, rule, a, a._version, get_gradient_edge(output), output.shape)
+                self._calls[path] = Call(module, rule, a, get_gradient_edge(output), output.shape)
+            # A change in place of a view, as a linear layer's output on sequences is, gives it another past.
+            self._watched += [(x, x._version) for x in (a, output) if x is a or x._is_view()]
 
         return record
 
