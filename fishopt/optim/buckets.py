@@ -14,7 +14,7 @@ from fishopt.optim.fused import Sample
 
 State = dict[str, Any]
 
-PART = 2**20
+PART = 2**18
 """Entries that are worked on at a time, on a CPU: fewer, and each part's fixed costs show."""
 
 

@@ -32,8 +32,9 @@ from fishopt.passes.gradients import (
 from fishopt.passes.rules import Rule, rule_for
 from fishopt.passes.shadow import Shadow
 
-MAX_COTANGENTS = 2**22
-"""Numbers at the modules' outputs that one batched backward may bring; at least three columns go together."""
+SMALL = 2**18
+"""Numbers at the modules' outputs that a backward may bring however small the network. Beyond, as many columns go
+together as take the memory of one and a half gradients, but at least three."""
 
 MAX_GRADIENTS = 2**25
 """Numbers that one input's gradients for these columns may hold."""
@@ -102,6 +103,7 @@ class HookedPass(Pass):
         total: Diagonal = {}
         for cotangents in self._backward(columns, self._by_path(names)):
             add(total, self._reduced(cotangents, names, SQUARES, per_input=per_input))
+            del cotangents  # before there are new ones
         return total
 
     def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
@@ -124,7 +126,8 @@ class HookedPass(Pass):
         """Cotangents at the modules' outputs, ``[K, N, ...]`` by path, some of the columns at a time."""
         edges = [self._calls[path].edge for path in paths]
         columns = columns.reshape(len(columns), *self._graph.shape)
-        for part in columns.split(at_once or self._columns_at_once(paths)):
+        parts = -(-len(columns) // (at_once or self._columns_at_once(paths)))
+        for part in columns.tensor_split(parts):
             yield dict(zip(paths, self._vjp(part, edges, paths), strict=True))
 
     def _vjp(self, columns: Tensor, edges: list[GradientEdge], paths: Sequence[str]) -> list[Tensor]:
@@ -133,10 +136,15 @@ class HookedPass(Pass):
             with suppress(RuntimeError):  # an operation that vmap does not know
                 found = self._grad(columns, edges, is_grads_batched=True)
                 return self._filled(found, paths, len(columns))
-        singles = [self._filled(self._grad(c, edges), paths, None) for c in columns]
-        return (
-            [g[None] for g in singles[0]] if len(singles) == 1 else [torch.stack(g) for g in zip(*singles, strict=True)]
-        )
+        if len(columns) == 1:
+            return [g[None] for g in self._filled(self._grad(columns[0], edges), paths, None)]
+        # Each input's columns side by side, as the rules read them.
+        shapes = [self._calls[path].shape for path in paths]
+        stacked = [columns.new_empty((shape[0], len(columns), *shape[1:])) for shape in shapes]
+        for k, column in enumerate(columns):
+            for whole, g in zip(stacked, self._filled(self._grad(column, edges), paths, None), strict=True):
+                whole[:, k] = g
+        return [whole.transpose(0, 1) for whole in stacked]
 
     def _grad(self, cotangents: Tensor, edges: list[GradientEdge], **options: Any) -> Sequence[Tensor | None]:
         found: Sequence[Tensor | None] = torch.autograd.grad(
@@ -153,10 +161,13 @@ class HookedPass(Pass):
         ]
 
     def _columns_at_once(self, paths: Sequence[str]) -> int:
-        size = sum(self._calls[path].shape.numel() for path in paths)
+        calls = [self._calls[path] for path in paths]
+        outputs = max(sum(call.shape.numel() for call in calls), 1)
+        sizes = [p.numel() for call in calls for p in call.module.parameters(recurse=False)]
+        # A gradient holds each output, what became of it, and itself.
+        as_gradients = 3 * (sum(sizes) + 2 * outputs) // (2 * outputs)
         # A rule forms at least one input's gradient, for all of the columns.
-        largest = max(p.numel() for path in paths for p in self._calls[path].module.parameters(recurse=False))
-        return max(3, min(MAX_COTANGENTS // max(size, 1), MAX_GRADIENTS // max(largest, 1)))
+        return max(3, SMALL // outputs, min(as_gradients, MAX_GRADIENTS // max(sizes)))
 
     # --- second derivatives ---
 
