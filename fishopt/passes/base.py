@@ -136,9 +136,12 @@ class Pass(ABC):
 
 
 def add(total: Diagonal, found: Diagonal) -> Diagonal:
-    """Adds ``found`` to ``total``, in place of it where a name is there already."""
+    """Adds ``found`` to ``total``, in place; what is new there is taken over, and not to be used elsewhere."""
     for name, value in found.items():
-        total[name] = total[name] + value if name in total else value
+        if name in total:
+            total[name] += value
+        else:
+            total[name] = value
     return total
 
 
