@@ -164,17 +164,23 @@ def test_the_sketch_over_all_signs(engine, kind, monkeypatch):
         units = sum(shadow.parameters[name].numel() for name in deep)
     c = torch.randn(2, 2).double()
     exact = FunctionalPass(shadow, (x,), deep).hessian_diagonal(c, per_input=True)
+    weights = torch.rand(1, 2).double()
+    sketch = Sketch(exact_up_to=0)
     found = []
     for pattern in itertools.product((-1.0, 1.0), repeat=units):
-        left = list(pattern)
 
-        def drawn(shape, like, generator, left=left):
+        def drawn(shape, like, generator, pattern=pattern, taken=[0]):  # noqa: B006 - counts through the pattern
             size = math.prod(shape[1:])
-            return torch.tensor([left.pop() for _ in range(size)]).to(like).reshape(shape[1:]).expand(tuple(shape))
+            part = [pattern[(taken[0] + i) % units] for i in range(size)]
+            taken[0] += size
+            return torch.tensor(part).to(like).reshape(shape[1:]).expand(tuple(shape))
 
         monkeypatch.setattr(f"{engine.__module__}.signs", drawn)
         with engine(shadow, (x,), deep) as through:
-            found.append(through.hessian_diagonal(c, per_input=True, sketch=Sketch(exact_up_to=0)))
+            found.append(through.hessian_diagonal(c, per_input=True, sketch=sketch))
+            squares = through.hessian_square(c[None], weights, sketch=sketch)
+        expected = {name: torch.tensordot(weights[0], r.square(), dims=1) for name, r in found[-1].items()}
+        assert_close(squares, expected)
     for name in deep:
         torch.testing.assert_close(torch.stack([one[name] for one in found]).mean(0), exact[name])
     assert max(float(torch.stack([one[name] for one in found]).var(0).max()) for name in deep) > 0

@@ -127,6 +127,9 @@ def test_shadow_shares_storage_and_notices_when_it_breaks():
     model[0].weight.data = model[0].weight.data.clone()
     assert not shadow.is_current()
     shadow = Shadow(model)
+    model[1] = nn.Identity()
+    assert not shadow.is_current()
+    shadow = Shadow(model)
     model.double()
     assert not shadow.is_current()
 

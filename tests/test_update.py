@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fishopt
 from fishopt.optim import buckets, fused
-from fishopt.optim.curvature import Curvature, Estimate, Moment
+from fishopt.optim.curvature import Curvature, Estimate, Moment, _all_finite
 
 BOTH = [fishopt.FisherAdam, fishopt.DiagonalNGD]
 SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 1001)}
@@ -484,3 +484,35 @@ def test_ngd_stands_still_where_there_are_no_residuals(monkeypatch):
     before = model.vector.detach().clone()
     optimizer.step()
     assert torch.equal(model.vector, before)
+
+
+@pytest.mark.parametrize("refreshes", [1, 2, 5])
+def test_preconditioners_by_their_formula(refreshes):
+    """The estimate is the same each time, so its average, corrected for its start at zero, is too."""
+    fisher = Curvature.refresh(Bare(Bag(("vector", "matrix"))), {"all": ("vector", "matrix")}, {}, None, 0).diagonal
+    mean = torch.cat([value.flatten() for value in fisher.values()]).mean()
+    expected = {
+        fishopt.FisherAdam: {k: ((f / 4).sqrt() + 0.7 * (mean / 4).sqrt() + 1e-8).square() for k, f in fisher.items()},
+        fishopt.DiagonalNGD: {k: (f + 0.7 * mean).rsqrt() for k, f in fisher.items()},
+    }
+    for kind, preconditioners in expected.items():
+        model = Bag(("vector", "matrix"))
+        optimizer = _optimizer(model, kind, damping=0.7)
+        for _ in range(refreshes - 1):
+            optimizer.refresh(torch.zeros(1))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(optimizer.state[p]["preconditioner"].detach(), preconditioners[name].detach())
+
+
+class Bare:
+    """All of a Curvature that the estimates given here look at."""
+
+    def __init__(self, model):
+        self._model = model
+
+
+def test_estimates_that_are_not_finite_are_seen():
+    fine = torch.tensor([1.0, 2.0])
+    assert _all_finite([fine, torch.tensor([3])])
+    for value in (math.nan, math.inf, -math.inf, 1e30):  # whose square is infinite
+        assert not _all_finite([fine, torch.tensor([0.0, value])])
