@@ -101,10 +101,15 @@ class HookedPass(Pass):
 
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         total: Diagonal = {}
+        sums: dict[str, Tensor] = {}
         for cotangents in self._backward(columns, self._by_path(names)):
+            for path in [path for path in cotangents if len(self._calls[path].shape) == 2]:
+                # One position: each entry of a parameter meets one of g, and only the sum of its squares matters.
+                add(sums, {path: cotangents.pop(path).square().sum(0)})
             add(total, self._reduced(cotangents, names, SQUARES, per_input=per_input))
             del cotangents  # before there are new ones
-        return total
+        roots = {path: value.sqrt()[None] for path, value in sums.items()}
+        return total | self._reduced(roots, names, SQUARES, per_input=per_input)
 
     def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
         total: Diagonal = {}
@@ -313,6 +318,8 @@ class HookedPass(Pass):
         found = {}
         for name in self.names if names is None else names:
             path, own = _split(name)
+            if path not in cotangents:
+                continue
             call = self._calls[path]
             gradients = call.rule(call.module, own, call.a, cotangents[path], power)
             found[name] = gradients.reduced(reduction, per_input=per_input)
