@@ -103,7 +103,7 @@ class HookedPass(Pass):
         total: Diagonal = {}
         sums: dict[str, Tensor] = {}
         for cotangents in self._backward(columns, self._by_path(names)):
-            for path in [path for path in cotangents if len(self._calls[path].shape) == 2]:
+            for path in [path for path in cotangents if len(columns) > 1 and len(self._calls[path].shape) == 2]:
                 # One position: each entry of a parameter meets one of g, and only the sum of its squares matters.
                 add(sums, {path: cotangents.pop(path).square().sum(0)})
             add(total, self._reduced(cotangents, names, SQUARES, per_input=per_input))
