@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fishopt
 from fishopt.optim import buckets, fused
+from fishopt.optim.averages import averaged
 from fishopt.optim.curvature import Curvature, Estimate, Moment, _all_finite
 
 BOTH = [fishopt.FisherAdam, fishopt.DiagonalNGD]
@@ -516,3 +517,11 @@ def test_estimates_that_are_not_finite_are_seen():
     assert _all_finite([fine, torch.tensor([3])])
     for value in (math.nan, math.inf, -math.inf, 1e30):  # whose square is infinite
         assert not _all_finite([fine, torch.tensor([0.0, value])])
+
+
+def test_averages_lie_in_memory_as_their_parameter_does():
+    """Whatever the estimate's layout: the fused kernel is for tensors laid out alike."""
+    p = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
+    state = {}
+    averaged({"p": torch.ones(4, 6, 3, 3)}, {"p": p}, {"p": state}, {"p": 0.9})
+    assert state["exp_avg"].stride() == state["fisher"].stride() == p.stride() != torch.ones(4, 6, 3, 3).stride()

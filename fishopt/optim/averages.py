@@ -33,17 +33,20 @@ class Average(NamedTuple):
     model: Tensor
 
 
-def averaged(new: Diagonal, states: Mapping[str, State], decays: Mapping[str, float]) -> dict[str, Average]:
+def averaged(
+    new: Diagonal, params: Mapping[str, Tensor], states: Mapping[str, State], decays: Mapping[str, float]
+) -> dict[str, Average]:
     """Takes estimates into the moving averages that the parameters' states hold.
 
     Args:
         new: The estimates.
+        params: The parameters, whose memory layout the averages take.
         states: Each parameter's state; what it lacks is put there.
         decays: The decay rate of each average.
     """
     for name, state in states.items():
         if "fisher" not in state:
-            like = new[name]
+            like = params[name]
             state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(like), fisher=torch.zeros_like(like))
         state["refreshes"] += 1
     for decay in set(decays.values()):

@@ -262,9 +262,10 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             return False
         self._moment, self._plan = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
-        states = {name: self.state[options[name][0]] for name in estimate.diagonal}
-        decays = {name: self._decay(options[name][1]) for name in estimate.diagonal}
-        for name, fisher in averaged(estimate.diagonal, states, decays).items():
+        params = {name: options[name][0] for name in estimate.diagonal}
+        states = {name: self.state[p] for name, p in params.items()}
+        decays = {name: self._decay(options[name][1]) for name in params}
+        for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
         return True
