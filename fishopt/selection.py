@@ -17,7 +17,7 @@ from fishopt.batch import Batch, checked_option
 from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
-from fishopt.passes import Diagonal, Sketch, Structure, add
+from fishopt.passes import Diagonal, Sketch, Structure, add, signs
 from fishopt.variance import (
     SAMPLED,
     bound_factor,
@@ -281,9 +281,7 @@ def _is_small(h: Tensor) -> bool:
 
 def _probes(h: Tensor) -> Tensor:
     """Random signs, always the same: E[eps eps^T] = I makes ``sum_k q`` and ``sum_k r^2`` the sums over outputs."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (PROBES, *h.shape), generator=generator) * 2 - 1
-    return signs.to(h) / PROBES**0.5
+    return signs((PROBES, *h.shape), h, torch.Generator().manual_seed(0)) / PROBES**0.5
 
 
 def _mean(diagonal: Diagonal, names: Sequence[str], size_of: Diagonal | None = None) -> float:

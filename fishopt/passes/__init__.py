@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fishopt.passes.base import Diagonal, Pass, Sketch, add
+from fishopt.passes.base import Diagonal, Pass, Sketch, add, signs
 from fishopt.passes.functional import FunctionalPass
 from fishopt.passes.hooked import HookedPass, covers
 from fishopt.passes.shadow import Shadow, unwrapped
 from fishopt.passes.structure import Structure
 
-__all__ = ["Diagonal", "Pass", "Shadow", "Sketch", "Structure", "add", "open_pass", "unwrapped"]
+__all__ = ["Diagonal", "Pass", "Shadow", "Sketch", "Structure", "add", "open_pass", "signs", "unwrapped"]
 
 
 def open_pass(shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> Pass:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fishopt.passes.base import Diagonal
 from fishopt.passes.gradients import SQUARES
-from fishopt.passes.rules import RULES, rule_for
+from fishopt.passes.rules import RULES, pads_with_zeros, rule_for
 from fishopt.passes.shadow import Shadow
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -142,10 +142,7 @@ class _NoCurvature(ModuleExtension):
 
 def _is_known(module: nn.Module) -> bool:
     # BackPACK looks rules up by exact class, and unfolds inputs as if they were padded with zeros.
-    plain_padding = getattr(module, "padding_mode", "zeros") == "zeros" and not isinstance(
-        getattr(module, "padding", None), str
-    )
-    return type(module) in _KNOWN and plain_padding
+    return type(module) in _KNOWN and pads_with_zeros(module)
 
 
 def _extended(shadow: Shadow) -> nn.Module:

@@ -42,6 +42,10 @@ class Sketch:
     generator: torch.Generator | None = None
     exact_up_to: int = 256
 
+    def replaces(self, cost: int) -> bool:
+        """Whether it stands in for an exact value of so many backward passes."""
+        return cost > self.exact_up_to
+
 
 class Pass(ABC):
     """One batch, taken forward once; a context manager, since it holds activations. One pass per shadow at a time.
@@ -143,6 +147,11 @@ def add(total: Diagonal, found: Diagonal) -> Diagonal:
         else:
             total[name] = value
     return total
+
+
+def cost_with(sketch: Sketch | None, exact: int) -> int:
+    """Backward passes of a Hessian diagonal whose exact value takes ``exact``, if it may be sketched."""
+    return SKETCH_COST if sketch is not None and sketch.replaces(exact) else exact
 
 
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from fishopt.passes.base import SKETCH_COST, Diagonal, Pass, Sketch, signs
+from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, signs
 from fishopt.passes.shadow import Shadow
 
 MAX_ELEMENTS = 2**26
@@ -55,7 +55,7 @@ class FunctionalPass(Pass):
         sketch: Sketch | None = None,
     ) -> Diagonal:
         wanted = self._some(names)
-        exact = [name for name in wanted if sketch is None or self.hessian_cost(name) <= sketch.exact_up_to]
+        exact = [name for name in wanted if sketch is None or not sketch.replaces(self.hessian_cost(name))]
         per = {name: self._hessian_diagonal_of(name, cotangent) for name in exact}
         total = per if per_input else {name: r.sum(0) for name, r in per.items()}
         rest = {name: p for name, p in wanted.items() if name not in per}
@@ -81,9 +81,7 @@ class FunctionalPass(Pass):
         return self._in_chunks(product, cotangent, wanted, *v, per_input=per_input)
 
     def hessian_cost(self, name: str, sketch: Sketch | None = None) -> int:
-        # One product with the Hessian, itself about two backward passes, for every entry.
-        cost = 2 * self._wanted[name].numel()
-        return cost if sketch is None or cost <= sketch.exact_up_to else SKETCH_COST
+        return cost_with(sketch, exact_cost(self._wanted[name]))
 
     def _some(self, names: Sequence[str] | None) -> Parameters:
         return self._wanted if names is None else {name: self._wanted[name] for name in names}
@@ -138,6 +136,11 @@ class FunctionalPass(Pass):
                 return torch.stack([reverse_over_reverse(unit) for unit in units])
 
         return of_one_input
+
+
+def exact_cost(parameter: Tensor) -> int:
+    """Backward passes of an exact Hessian diagonal: a product with the Hessian, about two of them, for every entry."""
+    return 2 * parameter.numel()
 
 
 def _total(parts: list[Tensor]) -> Tensor:

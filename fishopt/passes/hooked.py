@@ -8,7 +8,7 @@ most of the time of a small network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fishopt.passes.backpack import Chain
-from fishopt.passes.base import SKETCH_COST, Diagonal, Pass, Sketch, add, signs
-from fishopt.passes.functional import FunctionalPass
+from fishopt.passes.base import SKETCH_COST, Diagonal, Pass, Sketch, add, cost_with, signs
+from fishopt.passes.functional import FunctionalPass, exact_cost
 from fishopt.passes.gradients import (
     SQUARES,
     VALUE,
@@ -184,17 +184,15 @@ class HookedPass(Pass):
         per_input: bool = False,
         sketch: Sketch | None = None,
     ) -> Diagonal:
-        closed, sketched, exact = self._routes(names, sketch)
-        total: Diagonal = {}
-        if closed:
-            diagonal = self._closed(cotangent[None], closed)
-            total.update(self._reduced(diagonal, closed, VALUE, per_input=per_input, power=2))
-        if sketched:
-            probes = self._probed(cotangent[None], sketched, sketch)
-            total.update(self._reduced(probes, sketched, products(), per_input=per_input))
-        if exact:
-            total.update(self._exact(exact, cotangent, per_input=per_input))
-        return total
+        return self._by_route(
+            cotangent[None],
+            names,
+            sketch,
+            closed=VALUE,
+            sketched=products(),
+            exact=lambda rest: self._exact(rest, cotangent, per_input=per_input),
+            per_input=per_input,
+        )
 
     def hessian_square(
         self,
@@ -204,24 +202,43 @@ class HookedPass(Pass):
         names: Sequence[str] | None = None,
         sketch: Sketch | None = None,
     ) -> Diagonal:
-        closed, sketched, exact = self._routes(names, sketch)
+        by_definition = super().hessian_square
+        return self._by_route(
+            columns,
+            names,
+            sketch,
+            closed=weighted_squares(weights),
+            sketched=weighted_product_squares(weights),
+            exact=lambda rest: by_definition(columns, weights, names=rest),
+        )
+
+    def _by_route(
+        self,
+        columns: Tensor,
+        names: Sequence[str] | None,
+        sketch: Sketch | None,
+        *,
+        closed: Reduction,
+        sketched: Reduction,
+        exact: Callable[[list[str]], Diagonal],
+        per_input: bool = False,
+    ) -> Diagonal:
+        """Each parameter by its route: a reduction for the first two, all there is to do for the third."""
+        diagonal, probed, rest = self._routes(names, sketch)
         total: Diagonal = {}
-        if closed:
-            diagonal = self._closed(columns, closed)
-            reduction = weighted_squares(weights)
-            total.update(self._reduced(diagonal, closed, reduction, per_input=False, power=2))
-        if sketched:
-            probes = self._probed(columns, sketched, sketch)
-            total.update(self._reduced(probes, sketched, weighted_product_squares(weights), per_input=False))
-        if exact:
-            total.update(super().hessian_square(columns, weights, names=exact))
+        if diagonal:
+            found = self._closed(columns, diagonal)
+            total.update(self._reduced(found, diagonal, closed, per_input=per_input, power=2))
+        if probed:
+            total.update(self._reduced(self._probed(columns, probed, sketch), probed, sketched, per_input=per_input))
+        if rest:
+            total.update(exact(rest))
         return total
 
     def hessian_cost(self, name: str, sketch: Sketch | None = None) -> int:
         if name in self._shadow.structure(self._inputs).diagonal:
             return SKETCH_COST
-        cost = self._exact_costs[name]
-        return cost if sketch is None or cost <= sketch.exact_up_to else SKETCH_COST
+        return cost_with(sketch, self._exact_costs[name])
 
     def _routes(self, names: Sequence[str] | None, sketch: Sketch | None) -> tuple[list[str], list[str], list[str]]:
         """Which parameters go by the closed form, by the sketch, and by the exact way.
@@ -235,7 +252,7 @@ class HookedPass(Pass):
         rest = [name for name in wanted if name not in diagonal]
         if sketch is None:
             return closed, [], rest
-        sketched = [name for name in rest if self._exact_costs[name] > sketch.exact_up_to]
+        sketched = [name for name in rest if sketch.replaces(self._exact_costs[name])]
         return closed, sketched, [name for name in rest if name not in sketched]
 
     def _closed(self, columns: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -285,8 +302,7 @@ class HookedPass(Pass):
     def _exact_costs(self) -> dict[str, int]:
         if self._chain is not None:
             return self._chain.hessian_costs(self._inputs, self.names)
-        # One product with the Hessian, itself about two backward passes, for every entry.
-        return {name: 2 * self._shadow.parameters[name].numel() for name in self.names}
+        return {name: exact_cost(self._shadow.parameters[name]) for name in self.names}
 
     # --- the calls ---
 

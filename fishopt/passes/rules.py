@@ -111,7 +111,9 @@ RULES: dict[type[nn.Module], Rule] = {
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module, by its exact class: a subclass may compute something else."""
-    rule = RULES.get(type(module))
-    if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return None  # patches are padded with zeros, by a number
-    return rule
+    return RULES.get(type(module)) if pads_with_zeros(module) else None
+
+
+def pads_with_zeros(module: nn.Module) -> bool:
+    """Whether a convolution pads with zeros, by a number, as patches of its input are; other modules do not pad."""
+    return not isinstance(module, _ConvNd) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
