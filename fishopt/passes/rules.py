@@ -115,5 +115,5 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def pads_with_zeros(module: nn.Module) -> bool:
-    """Whether a convolution pads with zeros, by a number, as patches of its input are; other modules do not pad."""
+    """Whether a convolution pads with zeros, by a number, as patches of its input are; true of other modules."""
     return not isinstance(module, _ConvNd) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
