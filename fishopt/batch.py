@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fishopt.likelihoods import Likelihood, as_likelihood
-from fishopt.passes import Diagonal, Pass, Shadow, Structure, open_pass
+from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass
 
 MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
@@ -39,7 +39,8 @@ class Batch:
 
     Args:
         shadow: The network.
-        inputs: The network's argument, or a tuple of its positional arguments: tensors with one row per input.
+        inputs: The network's argument, a tuple of its positional or a dict of its keyword arguments: tensors with one
+            row per input. Or `Arguments` of any kind.
         likelihood: The family behind the loss.
 
     Raises:
@@ -49,12 +50,15 @@ class Batch:
 
     def __init__(self, shadow: Shadow, inputs: Any, likelihood: Likelihood) -> None:
         self.shadow = shadow
-        self.inputs = checked_inputs(inputs)
+        self.inputs = in_full_precision(inputs if isinstance(inputs, Arguments) else checked_inputs(inputs))
         self.likelihood = likelihood
         self.width = 0
-        for x in self.inputs:
-            if x.is_floating_point() and not torch.isfinite(x).all():
+        if torch.is_inference_mode_enabled():
+            raise ValueError("torch.inference_mode is on, where nothing has derivatives; leave it first")
+        for x in self.inputs.leaves:
+            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
                 raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
+        shadow.sync()
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, likelihood: Any) -> Batch:
@@ -62,7 +66,7 @@ class Batch:
         return cls(Shadow(checked_model(model)), inputs, as_likelihood(likelihood))
 
     def __len__(self) -> int:
-        return len(self.inputs[0])
+        return self.inputs.count
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +82,11 @@ class Batch:
         """
         return self.shadow.structure(self.inputs)
 
+    @property
+    def coverage(self) -> Coverage:
+        """By which way each parameter's derivatives are found."""
+        return coverage_of(self.shadow, self.inputs)
+
     def chunks(self, names: Sequence[str], *, per_input: bool = False) -> Iterator[Chunk]:
         """Passes over the batch for the parameters ``names``, some inputs at a time so that memory is bounded.
 
@@ -92,17 +101,17 @@ class Batch:
         """
         if not names:
             with torch.no_grad():
-                self._natural(self.shadow.module(*self.inputs), len(self))
+                self._natural(self.shadow.run(self.inputs), len(self))
             return
-        step = max(1, MAX_ACTIVATIONS // max(self.structure.activations, 1))
+        step = len(self) if self.structure.needs_all else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
         if per_input:
             size = sum(self.shadow.parameters[name].numel() for name in names)
             step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
-            part = tuple(x[rows] for x in self.inputs)
+            part = self.inputs if step >= len(self) else self.inputs.take(rows)
             with open_pass(self.shadow, part, names) as through:
-                yield Chunk(through, self._natural(through.outputs, len(part[0])), rows)
+                yield Chunk(through, self._natural(through.outputs, part.count), rows)
 
     def zeros(self, names: Sequence[str]) -> Diagonal:
         """A diagonal of zeros."""
@@ -153,28 +162,39 @@ def _check_parts(model: nn.Module) -> None:
             raise TypeError(f"model part {path!r} has sparse gradients; build it with sparse=False")
 
 
-def checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
-    """The network's positional arguments as a tuple of tensors of the same length.
+def checked_inputs(inputs: Any) -> Arguments:
+    """The network's arguments: tensors of the same length.
 
     Raises:
         TypeError: If they are not tensors.
         ValueError: If they are empty or differ in length.
     """
-    parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    if not parts:
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    parts = tuple(inputs) if isinstance(inputs, tuple | list) else () if named else (inputs,)
+    listed = [*parts, *named.values()]
+    if not listed or (isinstance(inputs, Mapping) and not named):
         raise ValueError(f"inputs={inputs!r} is empty; pass a tensor, or a tuple of tensors, one row per input")
-    for x in parts:
+    for x in listed:
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs holds a {type(x).__name__}; pass a tensor, or a tuple of them, one row per input")
         if x.ndim == 0:
             raise ValueError("inputs holds a tensor without dimensions; pass one row per input")
-    lengths = sorted({len(x) for x in parts})
+    lengths = sorted({len(x) for x in listed})
     if len(lengths) > 1:
         raise ValueError(f"inputs have different numbers of rows {lengths}; pass one row per input in each")
     if lengths == [0]:
         raise ValueError("inputs is empty; pass at least one input")
-    # Detached: the inputs may be the outputs of something else in training, where no gradient is to go.
-    return tuple(x.detach() for x in parts)
+    return Arguments(parts, named)
+
+
+def in_full_precision(inputs: Arguments) -> Arguments:
+    """In half precision there are not the digits for a sum of squares; what inference mode made takes no part."""
+
+    def widened(x: Tensor) -> Tensor:
+        x = x.clone() if x.is_inference() else x
+        return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+    return inputs.map(widened)
 
 
 def checked_targets(targets: Any, count: int) -> Tensor:

@@ -6,15 +6,14 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 import fishopt
 from fishopt.batch import Batch
-from fishopt.passes import Shadow, Sketch
-from fishopt.passes.functional import FunctionalPass
-from fishopt.passes.hooked import HookedPass, covers
+from fishopt.passes import Arguments, Shadow, Sketch
 from fishopt.variance import mean_label_variance
 from tests.asserts import assert_close
+from tests.engines import functional, is_ruled, traced
 
 
 class Custom(nn.Module):
@@ -42,24 +41,24 @@ ABOVE = {
     "sigmoid": (torch.sigmoid, 4, True),
     "relu_then_tanh": (lambda z: torch.tanh(torch.relu(z)), 4, True),
     "scaled": (lambda z: torch.tanh(2 * z / 3 + 1), 4, True),
-    "softplus_and_skip": (lambda z: functional.softplus(z) + z, 4, True),
-    "gelu": (functional.gelu, 4, True),
-    "silu": (functional.silu, 4, True),
+    "softplus_and_skip": (lambda z: F.softplus(z) + z, 4, True),
+    "gelu": (F.gelu, 4, True),
+    "silu": (F.silu, 4, True),
     "square": (lambda z: z**2, 4, True),
-    "elu_then_relu": (lambda z: torch.relu(functional.elu(z)), 4, True),
-    "max_pool": (lambda z: torch.tanh(functional.max_pool1d(z[:, None], 3, 1)[:, 0]), 2, True),
+    "elu_then_relu": (lambda z: torch.relu(F.elu(z)), 4, True),
+    "max_pool": (lambda z: torch.tanh(F.max_pool1d(z[:, None], 3, 1)[:, 0]), 2, True),
     "two_of_it": (lambda z: torch.cat([torch.tanh(z), torch.sigmoid(z)], 1), 8, True),
-    "average_on_top": (lambda z: functional.avg_pool1d(torch.tanh(z)[:, None], 2)[:, 0], 2, True),
+    "average_on_top": (lambda z: F.avg_pool1d(torch.tanh(z)[:, None], 2)[:, 0], 2, True),
     "part": (lambda z: torch.tanh(z[:, 1:3]), 2, True),
-    "average_below": (lambda z: torch.tanh(functional.avg_pool1d(z[:, None], 2)[:, 0]), 2, False),
+    "average_below": (lambda z: torch.tanh(F.avg_pool1d(z[:, None], 2)[:, 0]), 2, False),
     "sum_below": (lambda z: torch.tanh(z[:, :2] + z[:, 2:]), 2, False),
     "twice": (lambda z: torch.tanh(torch.sigmoid(z)), 4, False),
     "softmax": (lambda z: z.softmax(1), 4, False),
     "product": (lambda z: z * torch.tanh(z), 4, False),
     "product_of_parts": (lambda z: z[:, :2] * torch.sigmoid(z[:, 2:]), 2, False),
-    "layer_norm": (lambda z: functional.layer_norm(z, (4,)), 4, False),
-    "group_norm": (lambda z: functional.group_norm(z, 2), 4, False),
-    "instance_norm": (lambda z: functional.instance_norm(z[:, None])[:, 0], 4, False),
+    "layer_norm": (lambda z: F.layer_norm(z, (4,)), 4, False),
+    "group_norm": (lambda z: F.group_norm(z, 2), 4, False),
+    "instance_norm": (lambda z: F.instance_norm(z[:, None])[:, 0], 4, False),
     "reciprocal_of_sum": (lambda z: 1 / (1 + z.square().sum(1, keepdim=True)).expand(-1, 4), 4, False),
     "divided": (lambda z: torch.ones_like(z) / (3 + z.sum(1, keepdim=True)), 4, False),
     "outer": (lambda z: torch.tanh(z[:, :, None] * z[:, None, :]).flatten(1), 16, False),
@@ -73,15 +72,15 @@ def test_where_the_closed_form_is_taken_it_is_exact(name):
     model = Custom(above, outputs=width).double()
     x = torch.randn(3, 3).double()
     shadow = Shadow(model)
-    assert covers(shadow, (x,), shadow.names)
-    claimed = shadow.structure((x,)).diagonal
+    assert is_ruled(shadow, (x,), shadow.names)
+    claimed = shadow.structure(Arguments((x,))).diagonal
     assert ("inner.weight" in claimed) == ("inner.bias" in claimed)
     assert claimed <= {"inner.weight", "inner.bias"}
     assert diagonal or not claimed  # a closed form that is not there would be wrong; one not seen is only slow
     if diagonal and name != "square":
         assert claimed, "the closed form was not seen"
     c = torch.randn(3, 2).double()
-    with HookedPass(shadow, (x,), shadow.names) as fast, FunctionalPass(shadow, (x,), shadow.names) as slow:
+    with traced(shadow, (x,), shadow.names) as fast, functional(shadow, (x,), shadow.names) as slow:
         assert_close(fast.hessian_diagonal(c, per_input=True), slow.hessian_diagonal(c, per_input=True))
 
 
@@ -99,7 +98,7 @@ def test_gated_layers_do_not_share_a_closed_form():
     torch.manual_seed(0)
     shadow = Shadow(Gated().double())
     x, c = torch.randn(3, 3).double(), torch.randn(3, 2).double()
-    with HookedPass(shadow, (x,), shadow.names) as fast, FunctionalPass(shadow, (x,), shadow.names) as slow:
+    with traced(shadow, (x,), shadow.names) as fast, functional(shadow, (x,), shadow.names) as slow:
         assert_close(fast.hessian_diagonal(c), slow.hessian_diagonal(c))
 
 
@@ -129,8 +128,8 @@ def test_modules_that_feed_one_smooth_function_are_kept_apart(name):
     torch.manual_seed(0)
     shadow = Shadow(JOINED[name]().double())
     x, c = torch.randn(3, 3).double(), torch.randn(3, 2).double()
-    with HookedPass(shadow, (x,), shadow.names) as fast, FunctionalPass(shadow, (x,), shadow.names) as slow:
-        assert len({n.rpartition(".")[0] for n in shadow.structure((x,)).diagonal}) == 2
+    with traced(shadow, (x,), shadow.names) as fast, functional(shadow, (x,), shadow.names) as slow:
+        assert len({n.rpartition(".")[0] for n in shadow.structure(Arguments((x,))).diagonal}) == 2
         assert_close(fast.hessian_diagonal(c), slow.hessian_diagonal(c))
         weights = torch.rand(1, 3).double()
         assert_close(fast.hessian_square(c[None], weights), slow.hessian_square(c[None], weights))
@@ -150,20 +149,20 @@ def _deep(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize("engine", [HookedPass, FunctionalPass])
+@pytest.mark.parametrize("engine", [traced, functional])
 def test_the_sketch_over_all_signs(engine, kind, monkeypatch):
     """Its mean is the exact value, of all layers that share the probes."""
     model, x = _deep(kind)
     shadow = Shadow(model)
-    with torch.no_grad(), HookedPass(shadow, (x,), shadow.names) as probe:
-        settled = shadow.structure((x,)).diagonal | shadow.structure((x,)).piecewise
+    with torch.no_grad(), traced(shadow, (x,), shadow.names) as probe:
+        settled = shadow.structure(Arguments((x,))).diagonal | shadow.structure(Arguments((x,))).piecewise
         deep = [name for name in shadow.names if name not in settled]
-        units = sum(probe._calls[path].shape[1:].numel() for path in probe._by_path(deep))
-    if engine is FunctionalPass:
+        units = sum(probe._contacts[i].shapes[0][1:].numel() for i in probe._of(deep))
+    if engine is functional:
         deep = deep[:2]
         units = sum(shadow.parameters[name].numel() for name in deep)
     c = torch.randn(2, 2).double()
-    exact = FunctionalPass(shadow, (x,), deep).hessian_diagonal(c, per_input=True)
+    exact = functional(shadow, (x,), deep).hessian_diagonal(c, per_input=True)
     weights = torch.rand(1, 2).double()
     sketch = Sketch(exact_up_to=0)
     found = []
@@ -175,7 +174,7 @@ def test_the_sketch_over_all_signs(engine, kind, monkeypatch):
             taken[0] += size
             return torch.tensor(part).to(like).reshape(shape[1:]).expand(tuple(shape))
 
-        monkeypatch.setattr(f"{engine.__module__}.signs", drawn)
+        monkeypatch.setattr(f"fishopt.passes.{engine.__name__}.signs", drawn)
         with engine(shadow, (x,), deep) as through:
             found.append(through.hessian_diagonal(c, per_input=True, sketch=sketch))
             squares = through.hessian_square(c[None], weights, sketch=sketch)
@@ -202,7 +201,7 @@ def test_the_sketchs_variance_in_closed_form():
         others = hessian.square() - torch.diag(hessian.diag().square())
         expected += torch.outer(others.sum(1), x[n] ** 4)
     sketch = Sketch(torch.Generator().manual_seed(0), exact_up_to=0)
-    with HookedPass(shadow, (x,), names) as through:
+    with traced(shadow, (x,), names) as through:
         exact = through.hessian_diagonal(c)["0.weight"]
         runs = torch.stack([through.hessian_diagonal(c, sketch=sketch)["0.weight"] for _ in range(400)])
     # Two units, so the row has one other entry and every draw is off by the same amount: the spread is exact.
@@ -228,7 +227,7 @@ def test_the_last_two_layers_are_never_sketched():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 300), nn.Sigmoid(), nn.Linear(300, 400), nn.Sigmoid(), nn.Linear(400, 3))
     x = torch.randn(2, 4)
-    costs = HookedPass(Shadow(model), (x,), tuple(dict(model.named_parameters())))
+    costs = traced(Shadow(model), (x,), tuple(dict(model.named_parameters())))
     assert costs.hessian_cost("0.weight") > 1000 > costs.hessian_cost("0.weight", Sketch())
     assert costs.hessian_cost("2.weight") == costs.hessian_cost("2.weight", Sketch()) < 10
     runs = [

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import fishopt
-from fishopt.passes import Shadow, open_pass
-from fishopt.passes.functional import FunctionalPass
-from fishopt.passes.hooked import HookedPass, covers
+from fishopt.passes import Arguments, Shadow, open_pass
 from tests.asserts import assert_close
 from tests.cases import CASES, Case
+from tests.engines import functional, is_ruled, traced
 from tests.reference import derivatives
 
 CATEGORICAL = [case for case in CASES if case.family == "categorical"]
@@ -35,12 +34,12 @@ def _columns(n, t, k=2):
     return torch.randn(k, n, t, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("engine", [HookedPass, FunctionalPass])
+@pytest.mark.parametrize("engine", [traced, functional])
 @pytest.mark.parametrize("case", CATEGORICAL, ids=str)
 def test_primitives_by_definition(case, engine):
     model, inputs, _ = case.build()
     shadow = Shadow(model)
-    if engine is HookedPass and not covers(shadow, inputs, shadow.names):
+    if engine is traced and not is_ruled(shadow, inputs, shadow.names):
         assert case.network not in HOOKABLE
         return
     d = derivatives(model, inputs)
@@ -63,7 +62,7 @@ def test_some_names_only(case):
     d = derivatives(model, inputs)
     columns = _columns(*d.h.shape)
     squared = torch.einsum("kna,nap->knp", columns, d.first).square().sum((0, 1))
-    with open_pass(shadow, inputs, wanted) as through:
+    with open_pass(shadow, Arguments(inputs), wanted) as through:
         found = through.squared_vjp(columns)
     assert_close(found, {name: v for name, v in d.by_name(squared).items() if name in wanted})
 
@@ -72,7 +71,7 @@ def test_some_names_only(case):
 def test_structure_matches_second_derivatives(case):
     """What is called structurally zero is zero; affine parameters have a constant Jacobian in themselves."""
     model, inputs, _ = case.build()
-    structure = Shadow(model).structure(inputs)
+    structure = Shadow(model).structure(Arguments(inputs))
     d = derivatives(model, inputs)
     flat = d.second.abs().amax((0, 1)) > 1e-12
     curved = {name for name, part in d.by_name(flat).items() if part.any()}
@@ -94,7 +93,7 @@ def test_structure_is_found_in_any_forward():
     }
     for network, (affine, piecewise) in expected.items():
         model, inputs, _ = Case(network, "categorical").build()
-        structure = Shadow(model).structure(inputs)
+        structure = Shadow(model).structure(Arguments(inputs))
         assert affine <= structure.affine, network
         assert len(structure.piecewise) == piecewise + ("shared.bias" in structure.piecewise), network
 
@@ -107,7 +106,7 @@ def test_float32_agrees_with_the_reference():
         squared = torch.einsum("kna,nap->knp", columns, d.first).square().sum((0, 1))
         model, inputs = model.float(), tuple(x.float() for x in inputs)
         shadow = Shadow(model)
-        with open_pass(shadow, inputs, shadow.names) as through:
+        with open_pass(shadow, Arguments(inputs), shadow.names) as through:
             found = through.squared_vjp(columns.float())
         for name, value in d.by_name(squared).items():
             torch.testing.assert_close(
@@ -152,7 +151,7 @@ def test_shadow_leaves_hooks_behind_and_weight_norm_in_place():
 def test_no_memory_is_held_after_a_pass():
     model, inputs, _ = Case("sigmoid", "categorical").build()
     shadow = Shadow(model)
-    with open_pass(shadow, inputs, shadow.names) as through:
+    with open_pass(shadow, Arguments(inputs), shadow.names) as through:
         through.squared_vjp(_columns(3, 3))
     left = [k for m in shadow.extended.modules() for k in vars(m) if k.startswith(("input", "output"))]
     assert left == []
@@ -209,7 +208,7 @@ def test_what_an_engine_refuses_goes_another_way(name):
         x = x.to(memory_format=torch.channels_last)
     shadow = Shadow(model)
     c = _columns(2, 3, 1)
-    with open_pass(shadow, (x,), shadow.names) as through:
+    with open_pass(shadow, Arguments((x,)), shadow.names) as through:
         squared, curvature = through.squared_vjp(c), through.hessian_diagonal(c[0])
     parameters = dict(model.named_parameters())
     for name_, p in parameters.items():
@@ -225,16 +224,6 @@ def test_what_an_engine_refuses_goes_another_way(name):
                     second.view(-1)[i] += 0 if row is None else row.flatten()[i]
         torch.testing.assert_close(squared[name_], expected)
         torch.testing.assert_close(curvature[name_], second)
-
-
-def test_networks_that_cannot_take_hooks_are_remembered():
-    torch.manual_seed(0)
-    shadow = Shadow(InPlace())
-    x = torch.randn(2, 1, 2, 2)
-    assert covers(shadow, (x,), shadow.names)
-    with open_pass(shadow, (x,), shadow.names) as through:
-        assert isinstance(through, FunctionalPass)
-    assert not shadow.takes_hooks
 
 
 class Siamese(nn.Module):
@@ -299,7 +288,7 @@ def test_structures_that_only_look_simple(build, inputs):
 
 
 def test_a_users_own_function_is_not_taken_for_torchs():
-    structure = Shadow(Cubed()).structure((torch.randn(2, 4),))
+    structure = Shadow(Cubed()).structure(Arguments((torch.randn(2, 4),)))
     assert not structure.piecewise
 
 
@@ -348,11 +337,11 @@ def test_many_columns_are_not_held_at_once(monkeypatch):
     shadow = Shadow(model)
     columns, weights = _columns(3, 3, 8)[None], torch.rand(1, 3, dtype=torch.float64)
     held = []
-    with HookedPass(shadow, inputs, shadow.names) as through:
+    with traced(shadow, inputs, shadow.names) as through:
         expected = through.fourth_vjp(columns, weights)
         vjp = through._vjp
         monkeypatch.setattr(through, "_vjp", lambda c, *rest: held.append(len(c)) or vjp(c, *rest))
         for name in ("SMALL", "MAX_GRADIENTS"):
-            monkeypatch.setattr(f"fishopt.passes.hooked.{name}", 1)
+            monkeypatch.setattr(f"fishopt.passes.traced.{name}", 1)
         assert_close(through.fourth_vjp(columns, weights), expected)
     assert max(held) == 3

@@ -7,9 +7,9 @@ from torch import nn
 
 from fishopt.passes import Shadow, gradients
 from fishopt.passes.backpack import sum_grad_squared
-from fishopt.passes.functional import FunctionalPass
-from fishopt.passes.hooked import HookedPass, covers
+from fishopt.passes.traced import TracedPass
 from tests.asserts import assert_close
+from tests.engines import functional, is_ruled, traced
 
 OPTIONS = [{}, {"bias": False}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 2}]
 MODULES = {
@@ -58,9 +58,9 @@ def test_rules(name, elements, monkeypatch):
     monkeypatch.setattr(gradients, "MAX_ELEMENTS", elements)
     model, x = _problem(name)
     shadow = Shadow(model)
-    assert covers(shadow, (x,), shadow.names)
+    assert is_ruled(shadow, (x,), shadow.names)
     columns, weights = torch.randn(4, 3, 2).double(), torch.randn(2, 3).double()
-    with HookedPass(shadow, (x,), shadow.names) as fast, FunctionalPass(shadow, (x,), shadow.names) as slow:
+    with traced(shadow, (x,), shadow.names) as fast, functional(shadow, (x,), shadow.names) as slow:
         for per_input in (False, True):
             assert_close(fast.squared_vjp(columns, per_input=per_input), slow.squared_vjp(columns, per_input=per_input))
             assert_close(
@@ -84,10 +84,10 @@ def test_rules_in_float32(name):
     model, x = _problem(name)
     columns = torch.randn(2, 3, 2).double()
     shadow = Shadow(model)
-    with HookedPass(shadow, (x,), shadow.names) as through:
+    with traced(shadow, (x,), shadow.names) as through:
         expected = through.squared_vjp(columns)
     shadow = Shadow(model.float())
-    with HookedPass(shadow, (x.float(),), shadow.names) as through:
+    with traced(shadow, (x.float(),), shadow.names) as through:
         found = through.squared_vjp(columns.float())
     for key, value in expected.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-4 * float(value.max()))
@@ -99,11 +99,11 @@ def test_columns_in_any_number_at_a_time(columns_at_once, monkeypatch):
     model, x = _problem("Conv2d-0")
     shadow = Shadow(model)
     columns = torch.randn(7, 3, 2).double()
-    with HookedPass(shadow, (x,), shadow.names) as through:
+    with traced(shadow, (x,), shadow.names) as through:
         expected = through.squared_vjp(columns)
-        monkeypatch.setattr(HookedPass, "_columns_at_once", lambda *_: columns_at_once)
+        monkeypatch.setattr(TracedPass, "_columns_at_once", lambda *_: columns_at_once)
         assert_close(through.squared_vjp(columns), expected)
-        monkeypatch.setattr("fishopt.passes.hooked.BATCHED_UP_TO", 0)
+        monkeypatch.setattr("fishopt.passes.traced.BATCHED_UP_TO", 0)
         assert_close(through.squared_vjp(columns), expected)
 
 
@@ -122,7 +122,7 @@ def test_no_per_input_gradient_of_the_whole_batch_is_formed(monkeypatch):
             largest.append(found.numel() if isinstance(found, torch.Tensor) else 0)
             return found
 
-    with HookedPass(shadow, (x,), shadow.names) as through, Sizes():
+    with traced(shadow, (x,), shadow.names) as through, Sizes():
         through.squared_vjp(torch.randn(1, 64, 2))
     assert 0 < max(largest) < 64 * model[0].weight.numel() / 4
 
@@ -132,7 +132,7 @@ def test_rules_inside_backpack():
     model, x = _problem("Conv2d-3")
     c = torch.randn(3, 2).double()
     shadow = Shadow(model)
-    with HookedPass(shadow, (x,), shadow.names) as through:
+    with traced(shadow, (x,), shadow.names) as through:
         expected = through.squared_vjp(c[None])
     extend(model)
     with backpack(sum_grad_squared()):

@@ -11,7 +11,7 @@ from torch import nn
 import fishopt
 from fishopt import selection
 from fishopt.passes.functional import FunctionalPass
-from fishopt.passes.hooked import HookedPass
+from fishopt.passes.traced import TracedPass
 from tests.cases import Case
 
 
@@ -78,7 +78,7 @@ def test_smooth_networks_do_not_pay_for_second_derivatives_that_cannot_win(monke
     def forbidden(*args, **kwargs):
         raise AssertionError("computed second derivatives")
 
-    for engine in (HookedPass, FunctionalPass):
+    for engine in (TracedPass, FunctionalPass):
         monkeypatch.setattr(engine, "hessian_square", forbidden)
     choices = fishopt.select_estimators(_mlp(nn.Softplus), torch.rand(4, 64), "categorical", criterion="efficiency")
     assert [c.estimator for c in choices] == ["I1", "I1", "I2"]

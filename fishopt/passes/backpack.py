@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -14,10 +15,12 @@ from backpack.extensions import BatchDiagHessian, DiagHessian, SumGradSquared
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from fishopt.passes.arguments import Arguments
 from fishopt.passes.base import Diagonal
 from fishopt.passes.gradients import SQUARES
-from fishopt.passes.rules import RULES, pads_with_zeros, rule_for
+from fishopt.passes.rules import Rule, batch_norm, convolution, linear, transposed_convolution
 from fishopt.passes.shadow import Shadow
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +33,7 @@ _KNOWN = frozenset({nn.Linear, *_CONVOLUTIONS, *_PIECEWISE, *_POOLS, *_SMOOTH, n
 def sum_grad_squared() -> SumGradSquared:
     """BackPACK's extension of that name with our rules in it, for ``with backpack(...)``: the same numbers, sooner."""
     extension = SumGradSquared()
-    for kind in RULES:
+    for kind in (nn.Linear, *_CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         extension.set_module_extension(kind, _SumOfSquares(), overwrite=True)
     return extension
 
@@ -48,10 +51,27 @@ class _SumOfSquares(FirstOrderModuleExtension):
         return self._of("bias", module, g_out[0])
 
     def _of(self, parameter: str, module: Any, g: Tensor) -> Tensor:
-        rule = rule_for(module)
-        if rule is None:
+        if not pads_with_zeros(module):
             raise NotImplementedError(f"{module}: pad with zeros, by a number")
-        return rule(module, parameter, module.input0, g[None], 1).reduced(SQUARES, per_input=False)
+        call = SimpleNamespace(**{**dict.fromkeys(_SETTINGS), **vars(module), **module._parameters, **module._buffers})
+        call.input = module.input0
+        return _rule(module)(call, parameter, g[None], 1).reduced(SQUARES, per_input=False)
+
+
+_SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")
+
+
+def _rule(module: nn.Module) -> Rule:
+    if isinstance(module, nn.Linear):
+        return linear
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return batch_norm
+    return transposed_convolution if module.transposed else convolution
+
+
+def pads_with_zeros(module: nn.Module) -> bool:
+    """Whether a convolution pads with zeros, by a number, as BackPACK takes for granted; true of other modules."""
+    return not isinstance(module, _ConvNd) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
 
 
 class Chain:
@@ -76,7 +96,7 @@ class Chain:
             return None
         return cls(shadow) if all(_is_known(leaf) and not any(leaf.children()) for leaf in leaves) else None
 
-    def hessian_costs(self, inputs: tuple[Tensor, ...], names: Sequence[str]) -> dict[str, int]:
+    def hessian_costs(self, inputs: Arguments, names: Sequence[str]) -> dict[str, int]:
         """About how many backward passes each parameter takes: two for each smooth unit above it."""
         units: dict[nn.Module, int] = {}
 
@@ -87,7 +107,7 @@ class Chain:
         handles = [m.register_forward_hook(count) for m in modules.values() if isinstance(m, _SMOOTH)]
         try:
             with torch.no_grad():
-                self._shadow.module(*(x[:1] for x in inputs))
+                inputs.take(slice(1)).call(self._shadow.module)
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,7 +118,7 @@ class Chain:
         }
 
     def hessian_diagonal(
-        self, inputs: tuple[Tensor, ...], names: Sequence[str], cotangent: Tensor, *, per_input: bool
+        self, inputs: Arguments, names: Sequence[str], cotangent: Tensor, *, per_input: bool
     ) -> Diagonal:
         """The Hessian diagonal of ``<cotangent, h>``, no deeper than the lowest of ``names``.
 
@@ -113,7 +133,7 @@ class Chain:
         extension.set_module_extension(_InnerProduct, _NoCurvature())
         try:
             with torch.enable_grad(), _forgotten_handles():
-                h = module(*inputs)
+                h = inputs.call(module)
                 scalar = extend(_InnerProduct())(h, cotangent.reshape(h.shape))
             with backpack(extension), _without_input_warning():
                 torch.autograd.backward(scalar)

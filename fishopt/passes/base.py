@@ -11,9 +11,10 @@ and of their squares, summed over inputs. A new way through the network is one s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -137,6 +138,41 @@ class Pass(ABC):
             r = self.hessian_diagonal(column, names=names, per_input=True, sketch=sketch)
             add(total, _weighed_squares(r, w))
         return total
+
+
+class NoSecondDerivativesError(RuntimeError):
+    """An operation in the network has no second derivative that torch knows."""
+
+
+class CoupledInputsError(ValueError):
+    """Derivatives per input are asked for where a network's outputs cannot be told apart by inputs."""
+
+
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """Without torch's warnings at operations that vmap takes one by one: that is known, and counted on."""
+    switch: Any = torch._C._functorch
+    switch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        switch._set_vmap_fallback_warning_enabled(True)
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Names the cause where torch has none.
+
+    Raises:
+        NoSecondDerivativesError: If it has none.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise NoSecondDerivativesError(
+            f"an operation in the model has no second derivative, which estimator='I2' needs ({error}); use another "
+            "estimator, or 'auto', for this layer"
+        ) from error
 
 
 def add(total: Diagonal, found: Diagonal) -> Diagonal:

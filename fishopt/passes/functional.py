@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, signs
+from fishopt.passes.arguments import Arguments
+from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, quiet_fallbacks, second_derivatives, signs
 from fishopt.passes.shadow import Shadow
+from fishopt.passes.tracing import Substituting
 
 MAX_ELEMENTS = 2**26
 """Numbers that one chunk of per-input derivatives may hold."""
@@ -23,19 +25,19 @@ class FunctionalPass(Pass):
 
     Args:
         shadow: The network.
-        inputs: Its positional arguments, tensors with one row per input.
+        inputs: Its arguments.
         names: The parameters to differentiate.
     """
 
-    def __init__(self, shadow: Shadow, inputs: tuple[Tensor, ...], names: Sequence[str]) -> None:
+    def __init__(self, shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._inputs = inputs
-        self._module = shadow.module
-        held = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        self._shadow = shadow
+        self._inputs, self._call = inputs.split()
+        held = {**shadow.parameters, **dict(shadow.module.named_buffers())}
         self._wanted: Parameters = {name: held[name].detach() for name in self.names}
-        self._rest = {name: tensor for name, tensor in held.items() if name not in self._wanted}
-        with torch.no_grad():
-            self.outputs = self._module(*inputs).detach()
+        self._rest = {name: tensor.detach() for name, tensor in held.items() if name not in self._wanted}
+        with torch.no_grad(), Substituting():
+            self.outputs = shadow.run(inputs).detach()
 
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         wanted = self._some(names)
@@ -54,7 +56,10 @@ class FunctionalPass(Pass):
         per_input: bool = False,
         sketch: Sketch | None = None,
     ) -> Diagonal:
-        wanted = self._some(names)
+        with second_derivatives():
+            return self._hessians(cotangent, self._some(names), sketch, per_input=per_input)
+
+    def _hessians(self, cotangent: Tensor, wanted: Parameters, sketch: Sketch | None, *, per_input: bool) -> Diagonal:
         exact = [name for name in wanted if sketch is None or not sketch.replaces(self.hessian_cost(name))]
         per = {name: self._hessian_diagonal_of(name, cotangent) for name in exact}
         total = per if per_input else {name: r.sum(0) for name, r in per.items()}
@@ -102,8 +107,12 @@ class FunctionalPass(Pass):
 
     def _inner_product(self, parameters: Parameters, c: Tensor, *x: Tensor) -> Tensor:
         """``<c, h(x)>`` for one input."""
-        row = tuple(value.unsqueeze(0) for value in x)
-        h = functional_call(self._module, {**self._rest, **parameters}, row)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self._shadow.module, {**self._rest, **parameters}, args, kwargs)
+
+        with Substituting(), torch.autocast(c.device.type, enabled=False):
+            h = self._shadow.read(self._call([value.unsqueeze(0) for value in x], forward))
         return (h.reshape(-1) * c).sum()
 
     def _hessian_diagonal_of(self, name: str, cotangent: Tensor) -> Tensor:
@@ -150,7 +159,8 @@ def _total(parts: list[Tensor]) -> Tensor:
 def _over_inputs(function: Callable[..., Any], *batched: Tensor) -> Any:
     """``function`` for each row, by vmap, or in a loop where an operation has no batching rule."""
     try:
-        return vmap(function)(*batched)
+        with quiet_fallbacks():
+            return vmap(function)(*batched)
     except RuntimeError:  # torch raises NotImplementedError, a subclass, or whatever shape error comes first
         found = [function(*row) for row in zip(*batched, strict=True)]
         if isinstance(found[0], Tensor):

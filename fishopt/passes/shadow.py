@@ -1,4 +1,4 @@
-"""A shadow of the user's network: the same tensors, other modules.
+"""A shadow of the user's network: the same weights, other modules.
 
 Curvature is computed on the shadow, so the user's modules get no hooks, no stored activations and no gradients. The
 shadow runs in eval mode: a Fisher matrix is per input, and dropout or batch statistics would couple inputs.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import NoneType
 from typing import Any
@@ -16,34 +16,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
+
+Readout = Callable[[Any], Any]
+"""What picks the natural parameters from what the network returns."""
 
 
 class Shadow:
-    """A copy of a module tree whose parameters and buffers share storage with the original.
+    """A copy of a module tree whose parameters share storage with the original.
+
+    Parameters in half precision have copies in float32 instead, and buffers have copies too, since a forward may change
+    them; `sync` brings both up to date.
 
     Attributes:
         module: The copy.
-        covered: For an engine's own notes on which sets of parameters it covers.
-        takes_hooks: Cleared once a forward with hooks on the modules has failed.
+        changes_in_place: Set once its forward was seen to change in place what a pass has to keep.
+        notes: For what the ways through the network find out about it.
 
     Args:
         model: The user's network; wrappers by `torch.compile` and data parallelism are looked through.
+        readout: See `Readout`; the network's output itself if None.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
         self._model = unwrapped(model)
+        self._readout = readout
         self._structure: Structure | None = None
-        self.takes_hooks = True
+        self.changes_in_place = False
+        self.notes: dict[Any, Any] = {}
         self._originals = dict(self._model.named_parameters())
-        self.covered: dict[tuple[str, ...], bool] = {}
         self.module = _shadow_of(self._model)
         self._looks = [(module, _look(module)) for module in self._model.modules()]
+        self._copies = _copies(self._model, self.module)
+        self._required: tuple[str, ...] = ()
 
     @cached_property
     def extended(self) -> nn.Module:
-        """A second copy, for an engine that needs hooks of its own on the modules."""
-        return _shadow_of(self._model)
+        """A second copy, for an engine that needs hooks of its own on the modules, which see no changes in place."""
+        copied = _shadow_of(self._model)
+        for module in copied.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+        return copied
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -59,13 +74,65 @@ class Shadow:
         """Whether it still stands for the model: moves, new parts, other settings and ``p.data = ...`` end that."""
         return all(_look(module) == look for module, look in self._looks)
 
-    def structure(self, inputs: tuple[Any, ...]) -> Structure:
+    def sync(self) -> None:
+        """Takes over what the original's buffers and half precision parameters have become."""
+        for one in self._copies:
+            one.update()
+
+    def require(self, names: Sequence[str]) -> None:
+        """Lets these of the copy's parameters have gradients, and no others."""
+        if self._required != tuple(names):
+            for name, p in self.parameters.items():
+                p.requires_grad_(name in names)
+            self._required = tuple(names)
+
+    def run(self, inputs: Arguments) -> Any:
+        """The natural parameters, in full precision whatever autocast is on."""
+        with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
+            return self.read(inputs.call(self.module))
+
+    def read(self, output: Any) -> Any:
+        """The natural parameters in what the network returned."""
+        return output if self._readout is None else self._readout(output)
+
+    def structure(self, inputs: Arguments) -> Structure:
         """How the output depends on each parameter; found once, on a few of the inputs."""
         if self._structure is None or self._structure.names != self.names:
-            two, three = (analyse(self.module, _rows(inputs, count), self.names) for count in (2, 3))
-            # Of two batch sizes only one can be mistaken for another dimension of the same size.
-            self._structure = replace(two, hookable=two.hookable & three.hookable)
+            self.forget()
+            self.require(self.names)
+            self._structure = analyse(self.run, inputs, self.parameters, self.names)
         return self._structure
+
+    def forget(self) -> None:
+        """Makes the next pass look anew: the network took another way than before."""
+        self._structure = None
+        self.notes.clear()
+
+
+class _Copy:
+    """A tensor of the shadow that does not share the original's storage."""
+
+    def __init__(self, owner: nn.Module, name: str, copied: Tensor) -> None:
+        self._owner, self._name, self._copied = owner, name, copied
+        self._seen: tuple[int, int, int] | None = None
+
+    def update(self) -> None:
+        original = getattr(self._owner, self._name)
+        now = (id(original), original._version, self._copied._version)
+        if now != self._seen:
+            with torch.no_grad():
+                self._copied.copy_(original)
+            self._seen = (id(original), original._version, self._copied._version)
+
+
+def _copies(model: nn.Module, copied: nn.Module) -> list[_Copy]:
+    found = []
+    for owner, other in zip(model.modules(), copied.modules(), strict=True):
+        for name, tensor in (*owner._buffers.items(), *owner._parameters.items()):
+            mine = getattr(other, name)
+            if tensor is not None and tensor.data_ptr() != mine.data_ptr():
+                found.append(_Copy(owner, name, mine))
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -82,33 +149,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _shadow_of(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+        memo[id(p)] = nn.Parameter(_widened(p.detach()), requires_grad=False)
     for module in model.modules():
         # Hooks may hold anything, the optimizer itself included: none of it is to be copied.
         memo.update((id(hooks), OrderedDict()) for key, hooks in vars(module).items() if "_hooks" in key)
-        for value in (*module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor):
-                memo.setdefault(id(value), value.detach())
+        memo.update((id(x), _widened(x.detach()).clone()) for x in module._buffers.values() if x is not None)
+        memo.update((id(x), _widened(x.detach())) for x in vars(module).values() if isinstance(x, Tensor))
     for module in model.modules():
         kept = OrderedDict((k, hook) for k, hook in module._forward_pre_hooks.items() if _computes_weights(hook))
         memo[id(module._forward_pre_hooks)] = kept
-    copied = copy.deepcopy(model, memo).eval()
-    for module in copied.modules():
-        if getattr(module, "inplace", False):  # a backward hook on the module cannot see through in-place changes
-            module.inplace = False  # type: ignore[assignment]
-    return copied
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise TypeError(
+            f"model cannot be copied, which curvature is computed on: {error}; see copy.deepcopy(model)"
+        ) from error
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
 
 def _computes_weights(hook: object) -> bool:
     """Whether a forward pre-hook is part of the computation, as in `torch.nn.utils.weight_norm`."""
     return type(hook).__module__.startswith("torch.nn.utils")
-
-
-def _rows(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """The first ``count`` rows of each tensor, repeated if there are fewer."""
-    return tuple(
-        x[torch.arange(count, device=x.device) % len(x)] if isinstance(x, Tensor) and x.ndim else x for x in inputs
-    )
 
 
 def _look(module: nn.Module) -> tuple[Any, ...]:
@@ -123,7 +187,7 @@ def _look(module: nn.Module) -> tuple[Any, ...]:
 
 
 _PLAIN = (bool, int, float, str, NoneType)
-_IGNORED = {"training", "inplace"}
+_IGNORED = {"training"}
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, int]:

@@ -7,13 +7,14 @@ architecture, custom ``forward`` included, where a list of modules would not.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
+
+from fishopt.passes.arguments import Arguments
 
 # Operations through which the output is linear in each differentiable operand, or multilinear in several.
 _LINEAR = {
@@ -54,6 +55,7 @@ class Structure:
 
     Attributes:
         names: The parameters that were looked at.
+        reached: Those that the output depends on.
         affine: Those in which ``h`` is affine, entry by entry: the last layer (Remark 4.4). V2 = 0.
         piecewise: Those in which ``h`` is affine almost everywhere, entry by entry; includes `affine`. V2 = 0.
         separable: Those whose entries each move one output only (weight and bias of a last linear layer). There the
@@ -61,52 +63,37 @@ class Structure:
         diagonal: Those of a module with nothing but one smooth function of single entries, and then affine maps,
             between its output and ``h``: the second derivatives of ``h`` in that output are a diagonal matrix
             (Remark 4.5).
-        hookable: Those used once, by their own module, called once with one row per input: what module hooks can see.
-        activations: Numbers per input that the modules with parameters put out.
+        needs_all: Whether the network runs on whole batches alone.
     """
 
     names: tuple[str, ...]
+    reached: frozenset[str]
     affine: frozenset[str]
     piecewise: frozenset[str]
     separable: frozenset[str]
     diagonal: frozenset[str]
-    hookable: frozenset[str]
-    activations: int
+    needs_all: bool
 
 
-def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) -> Structure:
-    """Runs ``module`` forward once on ``inputs`` and reads its autograd graph.
+def analyse(
+    run: Callable[[Arguments], Any], inputs: Arguments, parameters: Mapping[str, Tensor], names: tuple[str, ...]
+) -> Structure:
+    """Runs a network forward once on a few inputs and reads its autograd graph.
 
     Args:
-        module: A shadow network.
-        inputs: Its arguments, for one or a few inputs.
+        run: The network.
+        inputs: Its arguments.
+        parameters: Its parameters; of these, ``names`` require gradients.
         names: The parameters to look at.
 
     Raises:
-        ValueError: If the module cannot be run, its output is not a real tensor with one row per input, the output
+        ValueError: If the network cannot be run, its output is not a real tensor with one row per input, the output
             depends on none of the parameters, or on parameters that are not reached through modules.
     """
-    own = dict(module.named_parameters())
-    # Fresh leaves: what else needs a gradient in the graph is reached past the module tree, by a list or a closure.
-    leaves = {name: p.detach().requires_grad_() for name, p in own.items()}
-    calls: dict[nn.Module, list[bool]] = defaultdict(list)
-    sizes: list[int] = []
-    handles = [m.register_forward_hook(_recorder(calls, sizes, inputs)) for m in module.modules() if any(m._parameters)]
-    owner_of = {name: _owner(module, name) for name in names}
-    try:
-        module.requires_grad_(True)
-        with torch.enable_grad():
-            outputs = functional_call(module, leaves, inputs)
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs if isinstance(x, Tensor))
-        raise ValueError(f"model could not be run on (the first of the) inputs, {shapes}: {error}") from error
-    finally:
-        module.requires_grad_(False)
-        for handle in handles:
-            handle.remove()
+    outputs, needs_all = _forward(run, inputs)
     _check_outputs(outputs)
-    bits = {id(leaf): 0 for leaf in leaves.values()}
-    bits.update((id(leaves[name]), 1 << i) for i, name in enumerate(names))
+    bits = {id(p): 0 for p in parameters.values()}
+    bits.update((id(parameters[name]), 1 << i) for i, name in enumerate(names))
     graph = _Graph(outputs, bits)
     if graph.has_strangers:
         raise ValueError(
@@ -121,17 +108,29 @@ def analyse(module: nn.Module, inputs: tuple[Any, ...], names: tuple[str, ...]) 
         raise ValueError("model output does not depend on any trainable parameter; look for a detach() in forward")
     return Structure(
         names=names,
+        reached=where(graph.reached),
         affine=where(graph.reached & ~(graph.curved | graph.kinked)),
         piecewise=where(graph.reached & ~graph.curved),
         separable=where(graph.separable),
         diagonal=where(graph.curved & ~graph.crossed),
-        hookable=frozenset(name for name in where(graph.used_once) if calls[owner_of[name]] == [True]),
-        activations=sum(sizes),
+        needs_all=needs_all,
     )
 
 
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
+def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, bool]:
+    """The output for two inputs, or, where a batch size is written into the network, for all; and whether it was so.
+
+    Raises:
+        ValueError: If the network runs on neither.
+    """
+    for some, needs_all in ((inputs.first(2), False), (inputs, True)):
+        try:
+            with torch.enable_grad():
+                return run(some), needs_all
+        except Exception as error:  # noqa: BLE001 - a user's network may raise anything
+            failure = error
+    shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs.leaves if isinstance(x, Tensor))
+    raise ValueError(f"model could not be run on (some of the) inputs, {shapes}: {failure}") from failure
 
 
 def _check_outputs(outputs: Any) -> None:
@@ -144,19 +143,6 @@ def _check_outputs(outputs: Any) -> None:
             f"model output has shape {tuple(outputs.shape)} and type {outputs.dtype}; fishopt needs real natural "
             "parameters, one row per input"
         )
-
-
-def _recorder(calls: dict[nn.Module, list[bool]], sizes: list[int], inputs: tuple[Any, ...]) -> Any:
-    rows = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), None)
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel() // max(rows or 1, 1))
-        calls[module].append(
-            len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].shape[0] == rows
-        )
-
-    return record
 
 
 class _Path(NamedTuple):
@@ -182,19 +168,14 @@ class _Graph:
         self._bits = bits
         self._below: dict[Any, int] = {}
         self._paths: dict[Any, _Path] = {}
-        self._uses: dict[int, int] = defaultdict(int)
         if outputs.grad_fn is not None:
             for node in _children_first(outputs.grad_fn):
                 self._visit(node)
             self.reached = self._below[outputs.grad_fn]
             self.separable = self._separable(outputs)
-        self.used_once = sum(bit for bit in bits.values() if self._uses[bit] == 1)
 
     def _visit(self, node: Any) -> None:
         below = [self._below[child] for child, _ in node.next_functions if child is not None]
-        for child, _ in node.next_functions:
-            if bit := self._bit(child):
-                self._uses[bit] += 1
         everything = _union(below)
         kind = _kind(node)
         if kind in _LINEAR and not getattr(node, "_saved_training", False):

@@ -1,0 +1,241 @@
+"""Where a network's parameters meet its data: each call of a torch function that takes both, seen as it happens.
+
+A parameter may come to such a call as it is, or as something computed from parameters alone (a normalised weight, a
+slice, a sum with a low-rank matrix). Which module it belongs to, and how often that is called, makes no difference: a
+subclass, a functional call and a weight used twice are seen alike.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+DATA = "_fishopt_data"
+"""An attribute of tensors that depend on the inputs."""
+
+MADE = "_fishopt_made"
+"""An attribute of tensors that are computed from parameters alone."""
+
+
+@dataclass
+class Contact:
+    """One call in which parameters meet data.
+
+    Attributes:
+        function: What was called.
+        leaves: Its arguments, flattened; tensors of data detached.
+        operands: Leaf's number -> the parameter, or what was made of parameters.
+        outputs: Numbers of the outputs that have a gradient, in the flattened result.
+        shapes: Their shapes.
+        edges: Where they stand in the graph.
+    """
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    operands: dict[int, Tensor]
+    outputs: list[int]
+    shapes: list[torch.Size]
+    edges: list[GradientEdge]
+    spec: Any
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments with these leaves."""
+        args, kwargs = tree_unflatten(list(leaves), self.spec)
+        return args, kwargs
+
+
+class Substituting(TorchFunctionMode):
+    """Calls that hide what they do, or have no second derivative, are replaced by the same in plain operations."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (plain := SUBSTITUTES.get(func)) is not None:
+            with self:
+                return plain(*args, **(kwargs or {}))
+        return self.called(func, args, kwargs or {})
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function's value."""
+        return func(*args, **kwargs)
+
+
+class Tracer(Substituting):
+    """Watches a forward, to be entered with ``with``.
+
+    Attributes:
+        contacts: What was seen, in order.
+        spreads: The shapes to which parameters were expanded, in order.
+
+    Args:
+        parameters: Those to look for, by name; they require gradients.
+        spreading: Which of `spreads` reach over inputs, and are contacts therefore.
+        copies: Keep copies of what could be changed in place later.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], spreading: frozenset[int] = frozenset(), *, copies: bool = False
+    ) -> None:
+        super().__init__()
+        self.contacts: list[Contact] = []
+        self.spreads: list[torch.Size] = []
+        self._own = {id(p) for p in parameters.values()}
+        self._spreading = spreading
+        self._copies = copies
+        self._watched: list[tuple[Tensor, int]] = []
+
+    def watch(self, tensors: Sequence[Tensor]) -> None:
+        """Takes these for data."""
+        for x in tensors:
+            _mark(x, DATA)
+
+    def was_changed(self) -> bool:
+        """Whether something that was to be kept has been changed in place since."""
+        return any(x._version != version for x, version in self._watched)
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = self._scan(args) | (self._scan(kwargs.values()) if kwargs else 0)
+        if kind == _BOTH and torch.is_grad_enabled():
+            return self._meet(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if kind & _DATA:
+            _mark(args[0] if func is Tensor.__setitem__ else result, DATA)
+        elif kind and torch.is_grad_enabled():
+            self._make(func, args, kwargs, result)
+        return result
+
+    def _scan(self, values: Any) -> int:
+        found = 0
+        for x in values:
+            if isinstance(x, Tensor):
+                if DATA in x.__dict__:
+                    found |= _DATA
+                elif x.requires_grad and (id(x) in self._own or MADE in x.__dict__):
+                    found |= _MADE
+            elif isinstance(x, tuple | list):
+                found |= self._scan(x)
+        return found
+
+    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Something was computed from parameters: to be looked for as well, or here they spread over inputs."""
+        if isinstance(result, Tensor) and id(result) in self._own:
+            return
+        if func in SPREADING:
+            self.spreads.append(result.shape)
+            if len(self.spreads) - 1 in self._spreading:
+                self._record(func, args, kwargs, result)
+                _mark(result, DATA)
+                return
+        _mark(result, MADE)
+
+    def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func not in _INPLACE:
+            result = self._record(func, args, kwargs, func(*args, **kwargs))
+            _mark(result, DATA)
+            return result
+        target, before = args[0], args[0].detach().clone()
+        result = func(*args, **kwargs)
+        if not target._is_view():  # a view's past changes with what it is a view of, and cannot be followed
+            _mark(before, DATA)
+            self._record(_INPLACE[func], (before, *args[1:]), kwargs, result)
+        return result
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        operands, kept = {}, []
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and self._scan((x,)) == _MADE:
+                operands[i] = x
+                kept.append(x)
+            else:
+                kept.append(self._kept(x))
+        results, out_spec = tree_flatten(result)
+        with_gradient = [i for i, x in enumerate(results) if isinstance(x, Tensor) and x.requires_grad]
+        if with_gradient:
+            shapes = [results[i].shape for i in with_gradient]
+            edges = [get_gradient_edge(results[i]) for i in with_gradient]
+            self.contacts.append(Contact(func, kept, operands, with_gradient, shapes, edges, spec))
+        for i in with_gradient:
+            results[i] = self._passed_on(results[i])
+        return tree_unflatten(results, out_spec)
+
+    def _kept(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if self._copies and DATA in x.__dict__:
+            return x.detach().clone()
+        self._watched.append((x, x._version))
+        return x.detach()
+
+    def _passed_on(self, x: Tensor) -> Tensor:
+        # A change in place of a view, as a linear layer's output on sequences is, gives it another past.
+        if x._is_view():
+            if self._copies:
+                return x.clone()
+            self._watched.append((x, x._version))
+        return x
+
+
+_DATA, _MADE, _BOTH = 1, 2, 3
+
+
+def _mark(result: Any, mark: str) -> None:
+    if isinstance(result, Tensor):
+        setattr(result, mark, True)
+    elif isinstance(result, tuple | list):
+        for x in result:
+            _mark(x, mark)
+    elif isinstance(result, dict):
+        _mark(list(result.values()), mark)
+
+
+SPREADING = {Tensor.expand, Tensor.repeat, torch.broadcast_to}
+"""Functions of parameters alone whose result may have a row for each input: a class token, learned queries."""
+
+_INPLACE = {
+    Tensor.add_: torch.add,
+    Tensor.__iadd__: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.__isub__: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.__imul__: torch.mul,
+}
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """The fused kernels have neither second derivatives nor rules for vmap."""
+    return torch._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _opened(function: Any) -> Any:
+    """A function of torch.nn.functional that, when it is watched, shows what it calls instead of itself."""
+    inside = {**function.__globals__, "has_torch_function": lambda _: False}
+    other = types.FunctionType(function.__code__, inside, function.__name__, function.__defaults__)
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
+
+
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.multi_head_attention_forward: _opened(functional.multi_head_attention_forward),
+}
