@@ -37,6 +37,9 @@ def _v1(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None)
     total: Diagonal = {}
     if quartic.multiple:
         add(total, through.fourth_vjp(likelihood.factor(h)[None], torch.full_like(h.mT[:1], quartic.multiple)))
+    if quartic.within:  # the columns of the factor come position by position
+        blocks = likelihood.factor(h).unflatten(0, (likelihood.positions, -1))
+        add(total, through.fourth_vjp(blocks, h.new_full((likelihood.positions, len(h)), quartic.within)))
     if quartic.weights.any():
         add(total, through.fourth_vjp(quartic.columns[:, None], quartic.weights))
     # A variance: what rounding leaves below zero where it cancels is rounding.
@@ -95,9 +98,10 @@ def mean_label_variance(
     """`label_variance` of a checked batch, for some of its parameters; with a sketch, its own variance included."""
     names = batch.names if names is None else names
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names), per_input=True):  # none for "exact"
-        add(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h, sketch))
-    return {name: value / len(batch) for name, value in total.items()}
+    some = with_label_variance(batch, estimator, names)  # none for "exact"
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+        add(total, _LABEL_VARIANCE[estimator](through, likelihood, h, sketch))
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def with_label_variance(batch: Batch, estimator: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -140,10 +144,11 @@ def variance_bound(
     checked_option("side", side, SIDES)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names), per_input=True):
-        value = bound_factor(batch.likelihood, h, estimator, side, tight=tight)
+    some = with_label_variance(batch, estimator, batch.names)
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+        value = bound_factor(likelihood, h, estimator, side, tight=tight)
         add(total, weighed_norms(through, unit_columns(h), value, estimator))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def weighed_norms(
@@ -185,16 +190,12 @@ def fisher_bound(
     checked_option("side", side, SIDES)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names):
+    for through, likelihood, h, _ in batch.chunks(batch.names):
         upper = side == "upper"
-        value = (
-            largest_eigenvalue(batch.likelihood, h, tight=tight)
-            if upper
-            else batch.likelihood.covariance_spectrum(h).lower
-        )
+        value = largest_eigenvalue(likelihood, h, tight=tight) if upper else likelihood.covariance_spectrum(h).lower
         # A weight per input goes into the cotangents, as its root.
         add(total, through.squared_vjp(unit_columns(h) * value.clamp_min(0).sqrt()[:, None]))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tight: bool = False) -> Diagonal:
@@ -204,10 +205,10 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     """
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names, per_input=True):
-        value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
+        value = largest_eigenvalue(likelihood, h, tight=tight).square()
         add(total, through.fourth_vjp(unit_columns(h)[None], value[None]))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 class JointVariance(NamedTuple):
@@ -246,9 +247,12 @@ def joint_variance(
     checked_option("estimator", estimator, SAMPLED)
     checked_samples(samples)
     batch = Batch.of(model, inputs, likelihood)
-    n = len(batch)
-    label = {name: v / (n * samples) for name, v in mean_label_variance(batch, estimator).items()}
-    over_inputs = {name: v / n for name, v in _variance_over_inputs(batch, fisher_per_input).items()}
+    mean = mean_label_variance(batch, estimator)
+    n, observations = len(batch), batch.observations
+    label = {name: v / (observations * samples) for name, v in mean.items()}
+    over_inputs = {
+        name: v * (n / observations**2) for name, v in _variance_over_inputs(batch, fisher_per_input).items()
+    }
     total = {name: over_inputs[name] + label[name] for name in batch.names}
     return JointVariance(total, over_inputs, label)
 
@@ -256,9 +260,9 @@ def joint_variance(
 def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
     """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
     count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
         new = count + len(h)
-        for name, value in per_input(through, batch.likelihood, h).items():
+        for name, value in per_input(through, likelihood, h).items():
             center = value.mean(0)
             gap = center - mean[name]
             spread[name] += (value - center).square().sum(0) + gap.square() * (count * len(h) / new)

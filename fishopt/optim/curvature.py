@@ -42,7 +42,7 @@ class Moment(NamedTuple):
     """What makes a Fisher diagonal the second moment of the loss's gradient.
 
     Attributes:
-        batch_size: Inputs in the training batch.
+        batch_size: Observations in the training batch: inputs, or where labels have positions those that count.
         scale: The loss's gradient as a multiple of that of the mean NLL.
         dispersion: The labels' variance over the one that the likelihood assumes, averaged; 1 unless it is estimated.
     """
@@ -124,7 +124,7 @@ class Curvature:
 
     def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
         inputs = checked_inputs(tuple(map(self._in_full_precision, record.inputs)))
-        residuals = self._residuals(record, len(inputs[0]))
+        residuals = self._residuals(record)
         if residuals is not None and not _all_finite([residuals]):
             return None
         if self._shadow is None or not self._shadow.is_current():
@@ -142,20 +142,22 @@ class Curvature:
         diagonal = estimate(batch, plan, Draw(1, self._generator, residuals=some, exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             return None
-        scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
-        return Estimate(diagonal, Moment(len(inputs[0]), scale, self._dispersion(residuals)))
+        observations = len(inputs[0]) * batch.positions
+        scale = self._likelihood.gradient_scale(observations, batch.width // batch.positions)
+        return Estimate(diagonal, Moment(observations, scale, self._dispersion(residuals)))
 
     def _in_full_precision(self, x: Any) -> Any:
         """Inputs that came in half precision, under autocast, in the parameters' own."""
         dtype = next(self._model.parameters()).dtype
         return x.to(dtype) if isinstance(x, Tensor) and x.dtype in {torch.float16, torch.bfloat16} else x
 
-    def _residuals(self, record: Record, count: int) -> Tensor | None:
+    def _residuals(self, record: Record) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output."""
         if record.gradient is None:
             return None
-        c = record.gradient.reshape(count, -1).to(next(self._model.parameters()).dtype)
-        return c * (count / self._likelihood.gradient_scale(*c.shape))
+        likelihood, c = self._likelihood.at(record.gradient.to(next(self._model.parameters()).dtype))
+        observations = len(c) * likelihood.positions
+        return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _dispersion(self, residuals: Tensor | None) -> float:
         """The mean of c^T I(h)^-1 c / T: for a Gaussian the variance of the residuals over the assumed one.
