@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fishopt
 from fishopt.batch import Batch
 from fishopt.estimators import Draw, by_structure, estimate
+from fishopt.likelihoods.positions import Positions
 from fishopt.variance import mean_label_variance
 from tests.asserts import assert_at_most, assert_close, assert_unbiased, z_scores
 from tests.reference import derivatives
@@ -207,6 +208,55 @@ def test_spectra_hold_and_the_quartic_form_is_the_fourth_moment(problem, tight):
     torch.testing.assert_close(likelihood.covariance_spectrum(h).lower, values[:, 0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(likelihood.covariance_spectrum(h).upper, values[:, -1])
     torch.testing.assert_close(likelihood.radius(h), problem.labels()[1].square().sum(-1).amax(0))
+
+
+def test_likelihood_of_a_joint_label_and_its_gradient(problem):
+    shape = problem.mask.reshape(3, *problem.places)
+    likelihood, h = problem.likelihood.at(problem.d.h.reshape(3, *problem.output).requires_grad_(), shape)
+    torch.testing.assert_close(likelihood.mean(h), problem.in_order(problem.p))
+    joint, residuals, _ = problem.labels()
+    for y, c in list(zip(joint, residuals, strict=True))[::3]:
+        y = y.expand(3, -1)
+        hot = nn.functional.one_hot(y, problem.classes)
+        terms = -(problem.p.log() * hot).sum(-1) * problem.mask
+        torch.testing.assert_close(likelihood.nll(h, y), terms.sum(-1))
+        torch.testing.assert_close(likelihood.statistic(h, y), problem.in_order(hot.double()))
+        torch.testing.assert_close(torch.autograd.grad(likelihood.nll(h, y).sum(), h)[0], c)
+        torch.testing.assert_close(likelihood.residual(h, y), c)
+
+
+@pytest.mark.parametrize("family", [fishopt.Bernoulli(), fishopt.Poisson(), fishopt.Gaussian(0.7)], ids=repr)
+def test_positions_of_independent_outputs_are_just_more_outputs(family):
+    """Where a family factorises anyway, the product over positions is the family itself on all outputs."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    apart = Positions(family, (2, 3), 1)
+    y = family.sample(h, 5, generator)
+    rows = y.unflatten(-1, (2, 3))
+    torch.testing.assert_close(apart.nll(h, rows[0]), family.nll(h, y[0]))
+    torch.testing.assert_close(apart.residual(h, rows), family.residual(h, y))
+    assert apart.sample(h, 5, generator).shape == rows.shape
+    for method in ("mean", "covariance_diagonal", "covariance", "covariance_bound", "radius"):
+        torch.testing.assert_close(getattr(apart, method)(h), getattr(family, method)(h))
+    for end, expected in zip(apart.covariance_spectrum(h), family.covariance_spectrum(h), strict=True):
+        torch.testing.assert_close(end, expected)
+    u = torch.randn(300, 4, 6, dtype=torch.float64, generator=generator)
+    u[:100, :, 3:] = 0
+    u /= u.norm(dim=-1, keepdim=True)
+    m = _quartic_form(family, h, u)
+    torch.testing.assert_close(_quartic_form(apart, h, u), m)
+    for tight in (False, True):
+        lower, upper = apart.quartic_spectrum(h, tight=tight)
+        assert (lower <= m + 1e-12).all()
+        assert (m <= upper + 1e-12).all()
+
+
+def _quartic_form(likelihood, h, u):
+    quartic, columns = likelihood.quartic(h), likelihood.factor(h)
+    squares = torch.einsum("una,kna->kun", u, columns).square()
+    blocks = squares.unflatten(0, (likelihood.positions, -1)).sum(1).square().sum(0)
+    fourth = torch.einsum("kn,kun->un", quartic.weights, torch.einsum("una,kna->kun", u, quartic.columns).pow(4))
+    return quartic.multiple * squares.sum(0).square() + quartic.within * blocks + fourth
 
 
 @pytest.mark.parametrize("tight", [False, True])
