@@ -73,7 +73,9 @@ _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor, Sketch | None], D
 def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
     """The variance of an estimator given the inputs, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``, one label.
 
-    Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6).
+    Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6). Where labels have
+    positions an input's variance is that of the sum over these, and like all averages here this one is over the
+    batch's O observations, ``(1/O) sum_n``: over O again, it is the variance of `fisher_diagonal`.
 
     Args:
         model: The network.
@@ -201,6 +203,8 @@ def fisher_bound(
 def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tight: bool = False) -> Diagonal:
     """Lemma 4.8: ``Var_x(I(theta_i|x)) <= E_x[ |d_i h|^4 lambda_max(I)^2 ]``, averaged over the batch.
 
+    With positions over its O observations, as in `label_variance`: over O again, it bounds `JointVariance.input`.
+
     Args, returns and errors are those of `variance_bound`.
     """
     batch = Batch.of(model, inputs, likelihood)
@@ -216,8 +220,8 @@ class JointVariance(NamedTuple):
 
     Attributes:
         total: The sum of the two parts.
-        input: ``Var_x(I(theta_i|x)) / N_x``, the same for every estimator.
-        label: ``E_x[V_j(theta_i|x)] / (N_x N)``, which the choice of an estimator rests on.
+        input: ``Var_x(I(theta_i|x)) / N_x``, the same for every estimator; with P positions, of ``I / P``.
+        label: ``E_x[V_j(theta_i|x)] / (N_x N)``, which the choice of an estimator rests on; with positions likewise.
     """
 
     total: Diagonal
