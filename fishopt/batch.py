@@ -24,9 +24,17 @@ class NonFiniteError(ValueError):
 
 
 class Chunk(NamedTuple):
-    """Some of the inputs, taken through the network: the open pass, their natural parameters, and which they are."""
+    """Some of the inputs, taken through the network.
+
+    Attributes:
+        through: The open pass.
+        likelihood: The family of their labels, with the positions that these have and which of them count.
+        h: Its natural parameters, ``[N, T]``.
+        rows: Which inputs they are.
+    """
 
     through: Pass
+    likelihood: Likelihood
     h: Tensor
     rows: slice
 
@@ -36,37 +44,61 @@ class Batch:
 
     Attributes:
         width: Natural parameters per input, T; known once a chunk has gone through.
+        positions: Positions of an input's labels, those that do not count included; known by then too.
 
     Args:
         shadow: The network.
         inputs: The network's argument, a tuple of its positional or a dict of its keyword arguments: tensors with one
             row per input. Or `Arguments` of any kind.
         likelihood: The family behind the loss.
+        mask: Which labels count, as booleans of the labels' shape, ``[N, ...]``; all if None.
 
     Raises:
-        ValueError: If the inputs are empty, differ in length, or contain NaN or infinite values.
+        ValueError: If the inputs are empty, differ in length, or contain NaN or infinite values, or if no label counts.
         TypeError: If the inputs are not tensors.
     """
 
-    def __init__(self, shadow: Shadow, inputs: Any, likelihood: Likelihood) -> None:
+    def __init__(self, shadow: Shadow, inputs: Any, likelihood: Likelihood, mask: Tensor | None = None) -> None:
         self.shadow = shadow
         self.inputs = in_full_precision(inputs if isinstance(inputs, Arguments) else checked_inputs(inputs))
         self.likelihood = likelihood
         self.width = 0
-        if torch.is_inference_mode_enabled():
-            raise ValueError("torch.inference_mode is on, where nothing has derivatives; leave it first")
+        self.positions = 1
+        self._mask = mask
+        if mask is not None and not mask.any():
+            raise ValueError("targets holds nothing but labels to be ignored; pass a batch where some label counts")
         for x in self.inputs.leaves:
             if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
                 raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
         shadow.sync()
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, likelihood: Any) -> Batch:
-        """A batch for one call on the user's own network."""
-        return cls(Shadow(checked_model(model)), inputs, as_likelihood(likelihood))
+    def of(cls, model: nn.Module, inputs: Any, likelihood: Any, targets: Any = None) -> Batch:
+        """A batch for one call on the user's own network; the data's labels, if given, tell which of them count.
+
+        Raises:
+            ValueError: If an argument does not fit.
+            TypeError: If one is of the wrong kind.
+        """
+        shadow, parts, family = Shadow(checked_model(model)), checked_inputs(inputs), as_likelihood(likelihood)
+        mask = None if targets is None else family.counted(checked_targets(targets, parts.count))
+        return cls(shadow, parts, family, mask)
 
     def __len__(self) -> int:
         return self.inputs.count
+
+    @property
+    def observations(self) -> int:
+        """Labels that count, one for each input or position; what a mean loss is the mean over.
+
+        Known once a chunk has gone through.
+        """
+        return len(self) * self.positions if self._mask is None else int(self._mask.sum())
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether labels tell which of them count."""
+        return self._mask is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,7 +133,7 @@ class Batch:
         """
         if not names:
             with torch.no_grad():
-                self._natural(self.shadow.run(self.inputs), len(self))
+                self._bound(self.shadow.run(self.inputs), slice(0, len(self)))
             return
         step = len(self) if self.structure.needs_all else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
         if per_input:
@@ -111,20 +143,27 @@ class Batch:
             rows = slice(start, start + step)
             part = self.inputs if step >= len(self) else self.inputs.take(rows)
             with open_pass(self.shadow, part, names) as through:
-                yield Chunk(through, self._natural(through.outputs, part.count), rows)
+                yield Chunk(through, *self._bound(through.outputs, rows), rows)
 
     def zeros(self, names: Sequence[str]) -> Diagonal:
         """A diagonal of zeros."""
         return {name: torch.zeros_like(self.shadow.parameters[name]) for name in names}
 
-    def _natural(self, outputs: Tensor, count: int) -> Tensor:
-        h = self.likelihood.natural(outputs)
+    def _bound(self, outputs: Tensor, rows: slice) -> tuple[Likelihood, Tensor]:
+        """The likelihood of some of the inputs, and their natural parameters.
+
+        Raises:
+            ValueError: If the output does not fit the likelihood or the inputs.
+            NonFiniteError: If it is NaN or infinite.
+        """
+        likelihood, h = self.likelihood.at(outputs, None if self._mask is None else self._mask[rows])
+        count = len(range(*rows.indices(len(self))))
         if len(h) != count:
             raise ValueError(f"model output has {len(h)} rows for {count} inputs; pass one row per input")
         if not torch.isfinite(h).all():
             raise NonFiniteError("model output contains NaN or infinite values; look at its parameters and inputs")
-        self.width = h.shape[1]
-        return h
+        self.width, self.positions = h.shape[1], likelihood.positions
+        return likelihood, h
 
 
 def checked_model(model: Any) -> nn.Module:

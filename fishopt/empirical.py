@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_targets
+from fishopt.batch import Batch, checked_inputs, checked_targets
 from fishopt.likelihoods import unit_columns
 from fishopt.passes import Diagonal, add
 
@@ -43,11 +43,9 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
         ValueError: If an argument does not fit.
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
-    batch = Batch.of(model, inputs, likelihood)
-    checked_targets(targets, len(batch))
-    family, n = batch.likelihood, len(batch)
+    batch = Batch.of(model, inputs, likelihood, checked_targets(targets, checked_inputs(inputs).count))
     exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
-    for through, h, rows in batch.chunks(batch.names, per_input=True):
+    for through, family, h, rows in batch.chunks(batch.names, per_input=True):
         c = family.residual(h, family.valid_targets(h, targets[rows]))
         units, ones = unit_columns(h), torch.ones_like(h.mT[:1])
         add(first, through.squared_vjp(c[None]))
@@ -56,9 +54,10 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
         gap = torch.linalg.eigvalsh(c[:, :, None] * c[:, None, :] - family.covariance(h)).abs().amax(-1)
         add(bias_bound, through.squared_vjp(units * gap.sqrt()[:, None]))
         add(fourth, through.fourth_vjp(units[None], c.square().sum(-1).square()[None]))
+    n, o = len(batch), batch.observations
     return EmpiricalError(
-        bias={name: (first[name] - exact[name]) / n for name in batch.names},
-        bias_bound={name: bias_bound[name] / n for name in batch.names},
-        variance={name: (second[name] / n - (first[name] / n).square()).clamp_min(0) / n for name in batch.names},
-        variance_bound={name: fourth[name] / n**2 for name in batch.names},
+        bias={name: (first[name] - exact[name]) / o for name in batch.names},
+        bias_bound={name: bias_bound[name] / o for name in batch.names},
+        variance={name: (second[name] - first[name].square() / n).clamp_min(0) / o**2 for name in batch.names},
+        variance_bound={name: fourth[name] / o**2 for name in batch.names},
     )

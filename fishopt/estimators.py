@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_generator, checked_option, checked_samples, checked_targets
+from fishopt.batch import Batch, checked_generator, checked_option, checked_samples
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
 from fishopt.passes import Diagonal, Sketch, Structure, add
@@ -90,8 +90,7 @@ def squared_score(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
 @estimator("I2")
 def negative_hessian(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
     """Eq. 3, right, in the form of Remark H.1: the exact value plus the residual's Hessian, which has mean zero."""
-    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
-    return Cotangents(likelihood.factor(h), hessian=c.mean(0))
+    return Cotangents(likelihood.factor(h), hessian=residual_hessian(likelihood, h, draw).hessian)
 
 
 @estimator("exact")
@@ -128,7 +127,8 @@ def exact_separable(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents
 
 def residual_hessian(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
     """What I2 adds to the exact value (Remark H.1)."""
-    return Cotangents(hessian=ESTIMATORS["I2"](likelihood, h, draw).hessian)
+    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
+    return Cotangents(hessian=c.mean(0))
 
 
 Plan = dict[Estimator, tuple[str, ...]]
@@ -159,15 +159,14 @@ def by_structure(wanted: Mapping[str, Sequence[str]], structure: Structure) -> P
 
 
 def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
-    """The mean over the batch of the estimates that ``plan`` names, all from one forward."""
+    """The mean over the batch's observations of the estimates that ``plan`` names, all from one forward."""
     names = tuple(dict.fromkeys(name for part in plan.values() for name in part))
     total: Diagonal = {}
-    count = len(batch)
-    for through, h, rows in batch.chunks(names):
-        some = draw.rows(rows)
+    for through, likelihood, h, rows in batch.chunks(names):
+        some, count = draw.rows(rows), batch.observations
         for rule, part in plan.items():
             # The mean is taken at the output, where there are fewer numbers than in the parameters.
-            squared, hessian = rule(batch.likelihood, h, some)
+            squared, hessian = rule(likelihood, h, some)
             if squared is not None:
                 add(total, through.squared_vjp(fewest_columns(squared) / count**0.5, names=part))
             if hessian is not None:
@@ -199,13 +198,17 @@ def fisher_diagonal(
     All estimators are on this one scale: per input, averaged over the batch (Eq. 3 and 4 of Soen & Sun 2024). The
     network is used in eval mode and left untouched.
 
+    Where a categorical likelihood has a label at each position ``p`` of an input, independent given the input,
+    ``p(y | x_n) = prod_p p(y_p | h_np)``, the scale is per observation, as a mean loss has it: the O positions of the
+    batch that are not ignored, ``(1/O) sum_n sum_p I(theta_i | x_n, p)``.
+
     Args:
         model: The network; its output is the natural parameters, ``[N_x, ...]``.
         inputs: A tensor, or a tuple of the network's positional arguments, with one row per input.
         likelihood: A `Likelihood`, its name, or the torch loss module in use.
         estimator: ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``. I2 may be negative.
         samples: Labels drawn from the model for each input; irrelevant to ``"exact"`` and ``"empirical"``.
-        targets: The data's labels, for ``"empirical"`` alone.
+        targets: The data's labels: for ``"empirical"`` what it takes, for the others they tell what is ignored.
         generator: Makes the labels reproducible; torch's global generator if None.
 
     Returns:
@@ -218,11 +221,12 @@ def fisher_diagonal(
     checked_option("estimator", estimator, tuple(ESTIMATORS))
     checked_samples(samples)
     checked_generator(generator)
-    if targets is not None and estimator != "empirical":
-        raise ValueError(f"targets is for estimator='empirical' alone; estimator={estimator!r} draws labels itself")
-    batch = Batch.of(model, inputs, likelihood)
-    if targets is not None:
-        checked_targets(targets, len(batch))
+    batch = Batch.of(model, inputs, likelihood, targets)
+    if targets is not None and estimator != "empirical" and not batch.is_masked:
+        raise ValueError(
+            "targets is for estimator='empirical', and where positions or inputs are to be ignored; "
+            f"estimator={estimator!r} draws labels itself"
+        )
     draw = Draw(samples, generator, targets)
     found = estimate(batch, by_structure({estimator: batch.names}, batch.structure), draw)
     return {name: found[name] for name in batch.names}

@@ -17,6 +17,7 @@ from fishopt.batch import Batch, checked_option
 from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
+from fishopt.likelihoods.base import COLUMN_LIMIT
 from fishopt.passes import Diagonal, Sketch, Structure, add, signs
 from fishopt.variance import (
     SAMPLED,
@@ -82,7 +83,7 @@ def select_estimators(
             (Lemma 3.1); ``"efficiency"``, the bound on the whole variance (Lemma 4.8 and Theorem 4.1) times the
             number of backward passes, since an estimate that costs as many passes less can use more inputs.
         candidates: Estimators to choose from: ``"I1"``, ``"I2"``, ``"hutchinson"``, ``"exact"``. Ties go to the first.
-            I2 is passed over, by any criterion, where its second derivatives would take over 20,000 backward passes.
+            I2 and exact are passed over, by any criterion, where they would take over 4,096 columns.
 
     Returns:
         One `Choice` for each group, in the order of the groups.
@@ -128,8 +129,11 @@ def _choice(group: str, names: Sequence[str], judge: _Judge, candidates: Sequenc
     bounds: dict[str, float] = {}
     notes = []
     for name in sorted(candidates, key=lambda name: judge.is_dear(name, names)):
+        if judge.is_impossible(name, names):
+            scores[name] = float("inf")
+            notes.append(f"{name} is passed over, a column for each of {judge.outputs:,} outputs")
         # First whether what is cheap to know decides: a candidate may lose by its cost alone.
-        if scores and judge.is_dear(name, names) and (floor := judge.floor(name, names)) >= min(scores.values()):
+        elif scores and judge.is_dear(name, names) and (floor := judge.floor(name, names)) >= min(scores.values()):
             scores[name] = floor
             notes.append(f"{name} loses by its cost alone, about {judge.cost(name, names):,} backward passes")
         else:
@@ -165,11 +169,21 @@ class _Judge(ABC):
         """Whether scoring takes second derivatives of the network."""
         return name == "I2" and not self._structure.piecewise.issuperset(names)
 
+    @property
+    def outputs(self) -> int:
+        """Of one input, at all its positions."""
+        return self._first.outputs
+
+    def is_impossible(self, name: str, names: Sequence[str]) -> bool:
+        """Whether an estimate would take more columns than there may be."""
+        whole = name in {"I2", "exact"} and not self._structure.separable.issuperset(names)
+        return whole and self.outputs > COLUMN_LIMIT
+
     def cost(self, name: str, names: Sequence[str]) -> int:
         """Backward passes for one estimate, with one label per input."""
         if name in ("I1", "hutchinson"):
             return 1
-        columns = 1 if self._structure.separable.issuperset(names) else self._first.outputs
+        columns = 1 if self._structure.separable.issuperset(names) else self.outputs
         curved = [self._first.costs[n] for n in names if n not in self._structure.piecewise]
         return columns + (max(curved, default=0) if name == "I2" else 0)
 
@@ -248,15 +262,16 @@ class _FirstDerivatives(NamedTuple):
 def _first_derivatives(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> _FirstDerivatives:
     outputs, costs = 0, dict.fromkeys(names, 0)
     totals: dict[str, Diagonal] = {name: batch.zeros(names) for name in ("I1", "inputs")}
-    for through, h, _ in batch.chunks(names, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(names, per_input=True):
         outputs, costs = h.shape[1], {name: through.hessian_cost(name, sketch) for name in names}
         factors = {
-            "I1": bound_factor(batch.likelihood, h, "I1", tight=_is_small(h)),
-            "inputs": largest_eigenvalue(batch.likelihood, h, tight=_is_small(h)).square(),
+            "I1": bound_factor(likelihood, h, "I1", tight=_is_small(h)),
+            "inputs": largest_eigenvalue(likelihood, h, tight=_is_small(h)).square(),
         }
         for key, factor in factors.items():
             add(totals[key], weighed_norms(through, _directions(h), factor, "I1"))
-    squared_score, inputs = ({name: value / len(batch) for name, value in total.items()} for total in totals.values())
+    count = batch.observations
+    squared_score, inputs = ({name: value / count for name, value in total.items()} for total in totals.values())
     hutchinson = {name: hutchinson_factor(outputs) * value for name, value in inputs.items()}
     return _FirstDerivatives(outputs, costs, inputs, {"I1": squared_score, "hutchinson": hutchinson})
 
@@ -264,10 +279,10 @@ def _first_derivatives(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> 
 def _curvature_bound(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> Diagonal:
     """The bound on V2, Eq. 9; of the sketch, where it is one, its own variance included."""
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(names, per_input=True):
-        factor = bound_factor(batch.likelihood, h, "I2", tight=_is_small(h))
+    for through, likelihood, h, _ in batch.chunks(names, per_input=True):
+        factor = bound_factor(likelihood, h, "I2", tight=_is_small(h))
         add(total, weighed_norms(through, _directions(h), factor, "I2", sketch))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def _directions(h: Tensor) -> Tensor:

@@ -66,14 +66,14 @@ def trace_bound(
     totals = {}
     for group, names in members.items():
         total = torch.zeros(())
-        for through, h, _ in batch.chunks(names, per_input=True):
+        for through, likelihood, h, _ in batch.chunks(names, per_input=True):
             if quantity == "I1":
-                value = _quartic_trace(through, batch.likelihood, h, side)
+                value = _quartic_trace(through, likelihood, h, side)
             else:
                 gram = _jacobian_gram(through, h) if quantity == "fisher" else _curvature_gram(through, h)
-                value = _spectral_bound(gram, batch.likelihood.covariance(h), side, full_spectrum=full_spectrum)
+                value = _spectral_bound(gram, likelihood.covariance(h), side, full_spectrum=full_spectrum)
             total = total.to(value) + value.sum()
-        totals[group] = total / len(batch)
+        totals[group] = total / batch.observations
     return totals
 
 

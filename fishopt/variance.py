@@ -37,6 +37,9 @@ def _v1(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None)
     total: Diagonal = {}
     if quartic.multiple:
         add(total, through.fourth_vjp(likelihood.factor(h)[None], torch.full_like(h.mT[:1], quartic.multiple)))
+    if quartic.within:  # the columns of the factor come position by position
+        blocks = likelihood.factor(h).unflatten(0, (likelihood.positions, -1))
+        add(total, through.fourth_vjp(blocks, h.new_full((likelihood.positions, len(h)), quartic.within)))
     if quartic.weights.any():
         add(total, through.fourth_vjp(quartic.columns[:, None], quartic.weights))
     # A variance: what rounding leaves below zero where it cancels is rounding.
@@ -70,7 +73,9 @@ _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor, Sketch | None], D
 def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
     """The variance of an estimator given the inputs, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``, one label.
 
-    Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6).
+    Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6). Where labels have
+    positions an input's variance is that of the sum over these, and like all averages here this one is over the
+    batch's O observations, ``(1/O) sum_n``: over O again, it is the variance of `fisher_diagonal`.
 
     Args:
         model: The network.
@@ -95,9 +100,10 @@ def mean_label_variance(
     """`label_variance` of a checked batch, for some of its parameters; with a sketch, its own variance included."""
     names = batch.names if names is None else names
     total = batch.zeros(names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, names), per_input=True):  # none for "exact"
-        add(total, _LABEL_VARIANCE[estimator](through, batch.likelihood, h, sketch))
-    return {name: value / len(batch) for name, value in total.items()}
+    some = with_label_variance(batch, estimator, names)  # none for "exact"
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+        add(total, _LABEL_VARIANCE[estimator](through, likelihood, h, sketch))
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def with_label_variance(batch: Batch, estimator: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -140,10 +146,11 @@ def variance_bound(
     checked_option("side", side, SIDES)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(with_label_variance(batch, estimator, batch.names), per_input=True):
-        value = bound_factor(batch.likelihood, h, estimator, side, tight=tight)
+    some = with_label_variance(batch, estimator, batch.names)
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+        value = bound_factor(likelihood, h, estimator, side, tight=tight)
         add(total, weighed_norms(through, unit_columns(h), value, estimator))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def weighed_norms(
@@ -185,29 +192,27 @@ def fisher_bound(
     checked_option("side", side, SIDES)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names):
+    for through, likelihood, h, _ in batch.chunks(batch.names):
         upper = side == "upper"
-        value = (
-            largest_eigenvalue(batch.likelihood, h, tight=tight)
-            if upper
-            else batch.likelihood.covariance_spectrum(h).lower
-        )
+        value = largest_eigenvalue(likelihood, h, tight=tight) if upper else likelihood.covariance_spectrum(h).lower
         # A weight per input goes into the cotangents, as its root.
         add(total, through.squared_vjp(unit_columns(h) * value.clamp_min(0).sqrt()[:, None]))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tight: bool = False) -> Diagonal:
     """Lemma 4.8: ``Var_x(I(theta_i|x)) <= E_x[ |d_i h|^4 lambda_max(I)^2 ]``, averaged over the batch.
 
+    With positions over its O observations, as in `label_variance`: over O again, it bounds `JointVariance.input`.
+
     Args, returns and errors are those of `variance_bound`.
     """
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names, per_input=True):
-        value = largest_eigenvalue(batch.likelihood, h, tight=tight).square()
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
+        value = largest_eigenvalue(likelihood, h, tight=tight).square()
         add(total, through.fourth_vjp(unit_columns(h)[None], value[None]))
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value / batch.observations for name, value in total.items()}
 
 
 class JointVariance(NamedTuple):
@@ -215,8 +220,8 @@ class JointVariance(NamedTuple):
 
     Attributes:
         total: The sum of the two parts.
-        input: ``Var_x(I(theta_i|x)) / N_x``, the same for every estimator.
-        label: ``E_x[V_j(theta_i|x)] / (N_x N)``, which the choice of an estimator rests on.
+        input: ``Var_x(I(theta_i|x)) / N_x``, the same for every estimator; with P positions, of ``I / P``.
+        label: ``E_x[V_j(theta_i|x)] / (N_x N)``, which the choice of an estimator rests on; with positions likewise.
     """
 
     total: Diagonal
@@ -246,9 +251,12 @@ def joint_variance(
     checked_option("estimator", estimator, SAMPLED)
     checked_samples(samples)
     batch = Batch.of(model, inputs, likelihood)
-    n = len(batch)
-    label = {name: v / (n * samples) for name, v in mean_label_variance(batch, estimator).items()}
-    over_inputs = {name: v / n for name, v in _variance_over_inputs(batch, fisher_per_input).items()}
+    mean = mean_label_variance(batch, estimator)
+    n, observations = len(batch), batch.observations
+    label = {name: v / (observations * samples) for name, v in mean.items()}
+    over_inputs = {
+        name: v * (n / observations**2) for name, v in _variance_over_inputs(batch, fisher_per_input).items()
+    }
     total = {name: over_inputs[name] + label[name] for name in batch.names}
     return JointVariance(total, over_inputs, label)
 
@@ -256,9 +264,9 @@ def joint_variance(
 def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
     """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
     count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
-    for through, h, _ in batch.chunks(batch.names, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
         new = count + len(h)
-        for name, value in per_input(through, batch.likelihood, h).items():
+        for name, value in per_input(through, likelihood, h).items():
             center = value.mean(0)
             gap = center - mean[name]
             spread[name] += (value - center).square().sum(0) + gap.square() * (count * len(h) / new)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Reduction = Literal["batchmean", "mean", "sum"]
 
+COLUMN_LIMIT = 4096
+"""Outputs of an input up to which there may be a column for each, as in exact values: 2^24 numbers per input."""
+
 
 class Interval(NamedTuple):
     """A lower and an upper bound per input, each ``[N]``; equal where the value is known exactly."""
@@ -28,18 +31,22 @@ class Interval(NamedTuple):
 class Quartic(NamedTuple):
     """The quartic form of M = K - I (x) I as a combination of squares, for one direction u of ``R^T`` per input.
 
-    ``M(u, u, u, u) = multiple * (u^T I u)^2 + sum_k weights[k] * (u^T columns[k])^4``. With ``u`` the derivative of
-    ``h`` with respect to one parameter this is that parameter's V1 (Lemma 3.1, Eq. 5), so V1 needs only squared VJPs.
+    ``M(u, u, u, u) = multiple * (u^T I u)^2 + within * sum_p (u_p^T I_p u_p)^2
+    + sum_k weights[k] * (u^T columns[k])^4``, ``I_p`` the blocks of I, one for each position that labels have. With
+    ``u`` the derivative of ``h`` with respect to one parameter this is that parameter's V1 (Lemma 3.1, Eq. 5), so V1
+    needs only squared VJPs.
 
     Attributes:
         multiple: The coefficient of the squared Fisher information.
         weights: ``[K, N]``, of any sign.
         columns: ``[K, N, T]``.
+        within: The coefficient of the squares of each position's own Fisher information.
     """
 
     multiple: float
     weights: Tensor
     columns: Tensor
+    within: float = 0.0
 
 
 class Likelihood(ABC):
@@ -48,11 +55,14 @@ class Likelihood(ABC):
     Subclass it for labels whose components depend on each other; `Independent` is less work where they do not.
 
     Attributes:
-        reduction: How the training loss reduces the negative log-likelihood: over inputs ("batchmean"), over inputs
-            and outputs ("mean"), or not at all ("sum"). Only the optimizers use it, to know the gradient's scale.
+        reduction: How the training loss averages the negative log-likelihood: over observations ("batchmean"), over
+            observations and outputs ("mean"), or not at all ("sum"). Only the optimizers use it, to know the gradient's
+            scale. An observation is an input, or where labels have positions one of these.
+        positions: Observations per input.
     """
 
     reduction: Reduction = "batchmean"
+    positions: int = 1
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -108,7 +118,25 @@ class Likelihood(ABC):
         """
         return y
 
+    def counted(self, targets: Tensor) -> Tensor | None:
+        """Which of the data's labels count, as booleans of their shape; None where the labels do not tell."""
+        return None
+
     # --- what follows from it ---
+
+    def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:
+        """The likelihood of a network's output, and that output as its natural parameters ``[N, T]``.
+
+        Args:
+            outputs: The network's output, one row per input.
+            mask: Which labels count, as booleans; all if None.
+
+        Raises:
+            ValueError: If the output's shape does not fit the family, or the mask's the output.
+        """
+        if mask is not None:
+            raise ValueError(f"{self} has no labels to leave out; pass inputs that count alone")
+        return self, self.natural(outputs)
 
     def natural(self, outputs: Tensor) -> Tensor:
         """The network's output as natural parameters ``[N, T]``; further output dimensions are flattened.
@@ -143,15 +171,34 @@ class Likelihood(ABC):
         """B = max over labels of ``|t(y) - eta|^2`` (Proposition 4.3), infinite for unbounded labels: ``[N]``."""
         return torch.full_like(h[:, 0], math.inf)
 
-    def gradient_scale(self, inputs: int, outputs: int) -> float:
-        """The loss's gradient as a multiple of the gradient of the NLL averaged over inputs, for a batch."""
-        return {"batchmean": 1.0, "mean": 1.0 / outputs, "sum": float(inputs)}[self.reduction]
+    def gradient_scale(self, observations: int, outputs: int) -> float:
+        """The loss's gradient as a multiple of the gradient of the NLL averaged over observations.
+
+        Args:
+            observations: In the batch: inputs, or where labels have positions those that count.
+            outputs: Natural parameters of one observation.
+        """
+        return {"batchmean": 1.0, "mean": 1.0 / outputs, "sum": float(observations)}[self.reduction]
 
 
 def unit_columns(h: Tensor) -> Tensor:
     """The unit vectors of ``R^T`` for every input: ``[T, N, T]``, the vector's number first."""
+    check_columns(h)
     n, t = h.shape
     return torch.eye(t, dtype=h.dtype, device=h.device)[:, None, :].expand(t, n, t)
+
+
+def check_columns(h: Tensor) -> None:
+    """Whether there may be a column for each output.
+
+    Raises:
+        ValueError: If there are too many.
+    """
+    if h.shape[1] > COLUMN_LIMIT:
+        raise ValueError(
+            f"this takes a column for each of the {h.shape[1]:,} outputs of an input, more than {COLUMN_LIMIT:,}; pass "
+            "estimator='hutchinson' or 'I1' (to select_estimators and the optimizers criterion='efficiency')"
+        )
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

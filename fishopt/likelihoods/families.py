@@ -10,20 +10,77 @@ from torch.nn import functional
 
 from fishopt.likelihoods.base import Interval, Likelihood, Quartic, uniform, unit_columns
 from fishopt.likelihoods.independent import Independent
+from fishopt.likelihoods.positions import Positions
 
 
 class Categorical(Likelihood):
     """One of C classes, from logits: the likelihood of `torch.nn.CrossEntropyLoss`.
 
-    Labels are integers ``[N]``, or class probabilities ``[N, C]``.
+    Labels are integers ``[N]``, or class probabilities ``[N, C]``. A network's output of more dimensions has a label at
+    each position, ``[N, ...]``, independent of the others given the input (see `Positions`).
+
+    Args:
+        dim: Which dimension of the network's output holds the classes: the last, as in language models ``[N, L, C]``,
+            or 1, as in segmentation ``[N, C, H, W]``.
+        ignore_index: The label that marks a position, or an input, as one that does not count.
+
+    Raises:
+        ValueError: If ``dim`` or ``ignore_index`` is no whole number, or ``dim`` that of the inputs.
     """
+
+    def __init__(self, dim: int = -1, ignore_index: int = -100) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim == 0:
+            raise ValueError(f"dim={dim!r}: pass the output's dimension of classes, -1 for the last, 1 for [N, C, ...]")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index={ignore_index!r}: pass the whole number that marks labels to leave out")
+        self.dim = dim
+        self.ignore_index = ignore_index
+
+    def __repr__(self) -> str:
+        options = {"dim": (self.dim, -1), "ignore_index": (self.ignore_index, -100)}
+        return f"Categorical({', '.join(f'{k}={v}' for k, (v, usual) in options.items() if v != usual)})"
+
+    def counted(self, targets: Tensor) -> Tensor | None:
+        if targets.is_floating_point() or targets.is_complex():
+            return None
+        counts = targets != self.ignore_index
+        return None if targets.ndim < 2 and counts.all() else counts
+
+    def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:
+        if outputs.ndim < 3 and mask is None:
+            return self, self.natural(outputs)
+        axis = self._axis(outputs)
+        expected = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+        if mask is not None and mask.shape != expected:
+            raise ValueError(
+                f"targets has shape {tuple(mask.shape)} for a model output of shape {tuple(outputs.shape)}, whose "
+                f"classes are in dimension {axis}; pass one class index per position, shape {tuple(expected)}, or say "
+                "where the classes are by Categorical(dim=...)"
+            )
+        flat = None if mask is None else mask.to(outputs.device).reshape(len(outputs), -1)
+        return Positions(self, tuple(outputs.shape[1:]), axis - 1, flat), outputs.reshape(len(outputs), -1)
+
+    def _axis(self, outputs: Tensor) -> int:
+        """The dimension of the classes, counted from the first.
+
+        Raises:
+            ValueError: If the output has no such dimension, or fewer than two classes there.
+        """
+        axis = self.dim if self.dim > 0 else outputs.ndim + self.dim
+        if not 1 <= axis < outputs.ndim or outputs.shape[axis] < 2:
+            raise ValueError(
+                f"model output has shape {tuple(outputs.shape)}: {self} needs logits of C >= 2 classes in dimension "
+                f"{self.dim}; pass Categorical(dim=...) with their dimension"
+            )
+        return axis
 
     def natural(self, outputs: Tensor) -> Tensor:
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValueError(
-                f"model output has shape {tuple(outputs.shape)}: Categorical() needs logits [N, C] with C >= 2; "
+                f"model output has shape {tuple(outputs.shape)}: {self} needs logits [N, C] with C >= 2; "
                 "for one yes-or-no output use Bernoulli() (BCEWithLogitsLoss)"
             )
+        self._axis(outputs)
         return outputs
 
     def nll(self, h: Tensor, y: Tensor) -> Tensor:

@@ -25,11 +25,28 @@ class MeanSquaredError(Gaussian):
         return h.shape[-1] / 2
 
 
+class CrossEntropy(Categorical):
+    """The categorical likelihood, from a loss that does not tell in which dimension a model's output has the classes.
+
+    In the last, as language models do; but maps ``[N, C, H, W]`` are as likely as ``[N, H, W, C]``, so these need
+    `Categorical` by name.
+    """
+
+    def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:
+        if outputs.ndim > 3:
+            raise ValueError(
+                f"model output has shape {tuple(outputs.shape)}, and CrossEntropyLoss does not tell where its classes "
+                "are; pass fishopt.Categorical(dim=1) for [N, C, ...] or fishopt.Categorical(dim=-1) for [N, ..., C]"
+            )
+        return super().at(outputs, mask)
+
+
 def from_loss(loss: nn.Module) -> Likelihood:
     """The likelihood whose negative log-likelihood a torch loss computes, up to constants.
 
     Args:
-        loss: ``nn.CrossEntropyLoss`` (Categorical), ``nn.BCEWithLogitsLoss`` (Bernoulli), ``nn.PoissonNLLLoss`` with
+        loss: ``nn.CrossEntropyLoss`` (Categorical, with its ``ignore_index`` and the classes in the output's last
+            dimension), ``nn.BCEWithLogitsLoss`` (Bernoulli), ``nn.PoissonNLLLoss`` with
             ``log_input=True`` (Poisson), or ``nn.MSELoss``: the Gaussian whose mean NLL has the loss's gradient, of
             variance D/2 over D outputs for ``reduction="mean"`` and 1/2 for ``"sum"``. ``reduction="none"`` is
             taken as a mean that the user writes.
@@ -89,12 +106,7 @@ def _kind(loss: nn.Module) -> type[nn.Module]:
 
 def _from_cross_entropy(loss: Any) -> Likelihood:
     _refuse_weights(loss, "weight")
-    if loss.ignore_index >= 0:
-        raise ValueError(
-            f"CrossEntropyLoss(ignore_index={loss.ignore_index}) leaves out inputs of a real class; drop these inputs "
-            "from the batch, or pass Categorical() to count them"
-        )
-    likelihood = Categorical()
+    likelihood = CrossEntropy(ignore_index=loss.ignore_index)
     likelihood.reduction = "sum" if loss.reduction == "sum" else "batchmean"
     return likelihood
 

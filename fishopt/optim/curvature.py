@@ -42,7 +42,7 @@ class Moment(NamedTuple):
     """What makes a Fisher diagonal the second moment of the loss's gradient.
 
     Attributes:
-        batch_size: Inputs in the training batch.
+        batch_size: Observations in the training batch: inputs, or where labels have positions those that count.
         scale: The loss's gradient as a multiple of that of the mean NLL.
         dispersion: The labels' variance over the one that the likelihood assumes, averaged; 1 unless it is estimated.
     """
@@ -123,16 +123,16 @@ class Curvature:
         return self.choices[unit].estimator if wanted[unit] == "auto" else wanted[unit]
 
     def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
-        inputs = checked_inputs(tuple(map(self._in_full_precision, record.inputs)))
-        residuals = self._residuals(record, len(inputs[0]))
+        inputs = checked_inputs(record.inputs)
+        residuals = self._residuals(record)
         if residuals is not None and not _all_finite([residuals]):
             return None
         if self._shadow is None or not self._shadow.is_current():
             self._shadow = Shadow(self._model)
         # Drawn, not the first ones: a full batch comes in the same order each step.
         device = self._generator.device
-        rows = torch.randperm(len(inputs[0]), generator=self._generator, device=device)[: self._refresh_inputs]
-        batch = Batch(self._shadow, tuple(x[rows.to(x.device)] for x in inputs), self._likelihood)
+        rows = torch.randperm(inputs.count, generator=self._generator, device=device)[: self._refresh_inputs]
+        batch = Batch(self._shadow, inputs.take(rows), self._likelihood)
         self._select(batch, units, wanted, step)
         members: dict[str, list[str]] = defaultdict(list)
         for unit, names in units.items():
@@ -142,20 +142,17 @@ class Curvature:
         diagonal = estimate(batch, plan, Draw(1, self._generator, residuals=some, exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             return None
-        scale = self._likelihood.gradient_scale(len(inputs[0]), batch.width)
-        return Estimate(diagonal, Moment(len(inputs[0]), scale, self._dispersion(residuals)))
+        observations = inputs.count * batch.positions
+        scale = self._likelihood.gradient_scale(observations, batch.width // batch.positions)
+        return Estimate(diagonal, Moment(observations, scale, self._dispersion(residuals)))
 
-    def _in_full_precision(self, x: Any) -> Any:
-        """Inputs that came in half precision, under autocast, in the parameters' own."""
-        dtype = next(self._model.parameters()).dtype
-        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in {torch.float16, torch.bfloat16} else x
-
-    def _residuals(self, record: Record, count: int) -> Tensor | None:
+    def _residuals(self, record: Record) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output."""
         if record.gradient is None:
             return None
-        c = record.gradient.reshape(count, -1).to(next(self._model.parameters()).dtype)
-        return c * (count / self._likelihood.gradient_scale(*c.shape))
+        likelihood, c = self._likelihood.at(record.gradient.to(next(self._model.parameters()).dtype))
+        observations = len(c) * likelihood.positions
+        return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _dispersion(self, residuals: Tensor | None) -> float:
         """The mean of c^T I(h)^-1 c / T: for a Gaussian the variance of the residuals over the assumed one.
@@ -185,7 +182,7 @@ class Curvature:
             return
         size = sum(p.numel() for p in batch.shadow.parameters.values())
         count = max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1)))
-        few = Batch(batch.shadow, tuple(x[:count] for x in batch.inputs), self._likelihood)
+        few = Batch(batch.shadow, batch.inputs.take(slice(count)), self._likelihood)
         chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
         self.choices = {choice.group: choice for choice in chosen}
         self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})

@@ -1,0 +1,464 @@
+"""Labels at several positions, by enumeration: every joint label of an input, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fishopt
+from fishopt.batch import Batch
+from fishopt.estimators import Draw, by_structure, estimate
+from fishopt.likelihoods.positions import Positions
+from fishopt.variance import mean_label_variance
+from tests.asserts import assert_at_most, assert_close, assert_unbiased, z_scores
+from tests.reference import derivatives
+
+IGNORED = -100
+
+
+class Tokens(nn.Module):
+    """Each position sees those before it: embedding, running mean, LayerNorm, head."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, x):
+        seen = self.table(x).cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=torch.float64)[:, None]
+        return self.head(torch.tanh(self.norm(seen)))
+
+
+def _pixels(classes):
+    return nn.Sequential(nn.Conv2d(1, 2, (2, 1)), nn.Sigmoid(), nn.Conv2d(2, classes, 1))
+
+
+# name: network, classes, one input's shape (None: tokens), one output's, the dimension of classes there
+NETWORKS = {
+    "head": (lambda: nn.Linear(3, 3), (2, 3), (2, 3), -1),
+    "hidden": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), (3, 3), (3, 2), -1),
+    "tokens": (lambda: Tokens(3), None, (2, 3), -1),
+    "pixels": (lambda: _pixels(2), (1, 2, 3), (2, 1, 3), 1),
+    "middle": (lambda: nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (2, 2, 2))), (3,), (2, 2, 2), 2),
+}
+MASKS = [False, True]
+
+
+class Problem:
+    """A network and its inputs, with all moments over joint labels computed from nothing but the definition."""
+
+    def __init__(self, name, masked):
+        build, shape, output, dim = NETWORKS[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.model = build().double()
+            for p in self.model.parameters():
+                p.data += 0.3 * torch.randn_like(p)
+            self.inputs = torch.randint(0, 5, (3, 2)) if shape is None else torch.randn(3, *shape, dtype=torch.float64)
+        self.likelihood = fishopt.Categorical(dim=dim)
+        self.classes = output[dim if dim < 0 else dim - 1]
+        self.places = output[:-1] if dim < 0 else output[: dim - 1] + output[dim:]
+        self.dim, self.output = dim, output
+        count = math.prod(self.places)
+        self.mask = torch.ones(3, count, dtype=torch.bool)
+        if masked:  # an input that counts whole, one in part, and one not at all
+            self.mask[1, 0] = False
+            self.mask[2] = False
+        self.observations = int(self.mask.sum())
+        self.targets = torch.where(self.mask, 1, IGNORED).reshape(3, *self.places) if masked else None
+        self.d = derivatives(self.model, (self.inputs,))
+        self.p = self.by_position(self.d.h).softmax(-1)
+
+    def by_position(self, h):
+        return h.reshape(-1, *self.output).movedim(self.dim, -1).flatten(1, -2)
+
+    def in_order(self, rows):
+        """``[..., N, P, T]`` as the network puts it out, ``[..., N, P * T]``."""
+        split = rows.reshape(*rows.shape[:-2], *self.places, self.classes)
+        axis = -1 if self.dim < 0 else self.dim - 1 - len(self.output)
+        return split.movedim(-1, axis).flatten(-len(self.output))
+
+    def labels(self):
+        """Joint labels ``[K, P]``, their residuals ``[K, N, P * T]`` and probabilities ``[K, N]``."""
+        y = torch.tensor(list(itertools.product(range(self.classes), repeat=self.p.shape[1])))
+        hot = nn.functional.one_hot(y, self.classes)[:, None]
+        c = (self.p - hot) * self.mask[..., None]
+        return y, self.in_order(c), (self.p * hot).sum(-1).prod(-1)
+
+    def covariance(self):
+        """By the definition, from joint labels."""
+        _, c, weights = self.labels()
+        return torch.einsum("kn,kna,knb->nab", weights, c, c)
+
+    def root(self):
+        """The factor that the signs go into."""
+        s = torch.diag_embed(self.p.sqrt()) - self.p[..., None] * self.p.sqrt()[..., None, :]
+        n, count, t = self.p.shape
+        columns = torch.zeros(count, t, n, count, t, dtype=self.p.dtype)
+        for i in range(count):
+            columns[i, :, :, i] = (s[:, i] * self.mask[:, i, None, None]).permute(2, 0, 1)
+        return self.in_order(columns.flatten(0, 1))
+
+    def fisher(self):
+        return torch.einsum("nai,nab,nbi->ni", self.d.first, self.covariance(), self.d.first)
+
+    def per_label(self, name):
+        """The estimate of each input under each joint label (or sign), ``[K, N, params]``, and the weights."""
+        if name == "hutchinson":
+            root = self.root()
+            signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=len(root))), dtype=self.p.dtype)
+            q = torch.einsum("nai,sk,kna->sni", self.d.first, signs, root).square()
+            return q, torch.full(q.shape[:2], 1 / len(signs), dtype=q.dtype)
+        _, c, weights = self.labels()
+        if name == "I1":
+            return torch.einsum("nai,kna->kni", self.d.first, c).square(), weights
+        return self.fisher() + torch.einsum("nai,kna->kni", self.d.second, c), weights
+
+    def variance(self, name):
+        values, weights = self.per_label(name)
+        mean = (weights[..., None] * values).sum(0)
+        torch.testing.assert_close(mean, self.fisher(), rtol=1e-9, atol=1e-12)  # unbiased, every one
+        return (weights[..., None] * (values - mean).square()).sum(0)
+
+    def mean(self, per_input):
+        return self.d.by_name(per_input.sum(0) / self.observations)
+
+    def batch(self):
+        return Batch.of(self.model, self.inputs, self.likelihood, self.targets)
+
+
+@pytest.fixture(scope="module", params=itertools.product(NETWORKS, MASKS), ids=lambda p: f"{p[0]}-{p[1]}")
+def problem(request):
+    return Problem(*request.param)
+
+
+def test_exact_is_the_sum_over_positions_per_observation(problem):
+    found = fishopt.fisher_diagonal(
+        problem.model, problem.inputs, problem.likelihood, estimator="exact", targets=problem.targets
+    )
+    assert_close(found, problem.mean(problem.fisher()))
+
+
+@pytest.mark.parametrize("name", ["I1", "I2"])
+def test_every_joint_label_gives_the_value_by_definition(problem, name, monkeypatch):
+    batch = problem.batch()
+    values, _ = problem.per_label(name)
+    for k, y in list(enumerate(problem.labels()[0]))[:5]:
+        monkeypatch.setattr(problem.likelihood, "sample", lambda h, samples, generator=None, y=y: y.repeat(3)[None])
+        found = estimate(batch, by_structure({name: batch.names}, batch.structure), Draw())
+        assert_close({n: found[n] for n in batch.names}, problem.mean(values[k]))
+
+
+@pytest.mark.parametrize("name", ["I1", "I2", "hutchinson"])
+def test_label_variance_is_the_variance_over_joint_labels(problem, name):
+    found = mean_label_variance(problem.batch(), name)
+    assert_close(found, problem.mean(problem.variance(name)), rtol=1e-7, atol=1e-12)
+
+
+def test_empirical_takes_the_labels_that_count(problem):
+    y = torch.arange(3 * problem.p.shape[1]).reshape(3, -1) % problem.classes
+    c = problem.in_order((problem.p - nn.functional.one_hot(y, problem.classes)) * problem.mask[..., None])
+    targets = torch.where(problem.mask, y, IGNORED).reshape(3, *problem.places)
+    q = torch.einsum("nai,na->ni", problem.d.first, c).square()
+    arguments = problem.model, problem.inputs, problem.likelihood
+    assert_close(fishopt.fisher_diagonal(*arguments, estimator="empirical", targets=targets), problem.mean(q))
+    error = fishopt.empirical_error(*arguments, targets)
+    assert_close(error.bias, problem.mean(q - problem.fisher()))
+    spread = (q - q.mean(0)).square().sum(0) / problem.observations**2
+    assert_close(error.variance, problem.d.by_name(spread))
+    assert_at_most({k: v.abs() for k, v in error.bias.items()}, error.bias_bound)
+    assert_at_most(error.variance, error.variance_bound)
+
+
+def test_class_probabilities_are_labels_too():
+    problem = Problem("pixels", False)
+    probabilities = torch.rand(3, *problem.output, dtype=torch.float64).softmax(1)
+    c = problem.in_order(problem.p - problem.by_position(probabilities))
+    q = torch.einsum("nai,na->ni", problem.d.first, c).square()
+    found = fishopt.fisher_diagonal(
+        problem.model, problem.inputs, problem.likelihood, estimator="empirical", targets=probabilities
+    )
+    assert_close(found, problem.mean(q))
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_spectra_hold_and_the_quartic_form_is_the_fourth_moment(problem, tight):
+    likelihood, h = problem.likelihood.at(
+        problem.d.h.reshape(3, *problem.output), problem.mask.reshape(3, *problem.places)
+    )
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(600, 3, h.shape[1], dtype=h.dtype, generator=generator)
+    # Half of the directions are at one position, where the extremes may be.
+    count = problem.p.shape[1]
+    at_one = torch.eye(count, dtype=h.dtype)[:, None, :, None].expand(-1, 3, -1, problem.classes)
+    u[:300] *= problem.in_order(at_one).repeat(300 // count, 1, 1)
+    u = u / u.norm(dim=-1, keepdim=True)
+    _, c, weights = problem.labels()
+    fisher = torch.einsum("una,nab,unb->un", u, problem.covariance(), u)
+    m = torch.einsum("kn,kun->un", weights, torch.einsum("una,kna->kun", u, c).pow(4)) - fisher.square()
+    lower, upper = likelihood.quartic_spectrum(h, tight=tight)
+    assert (m >= lower - 1e-12).all()
+    assert (m <= upper + 1e-12).all()
+    assert (likelihood.covariance_bound(h) >= likelihood.covariance_spectrum(h).upper - 1e-12).all()
+    values = torch.linalg.eigvalsh(problem.covariance())
+    torch.testing.assert_close(likelihood.covariance_spectrum(h).lower, values[:, 0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(likelihood.covariance_spectrum(h).upper, values[:, -1])
+    torch.testing.assert_close(likelihood.radius(h), problem.labels()[1].square().sum(-1).amax(0))
+
+
+def test_likelihood_of_a_joint_label_and_its_gradient(problem):
+    shape = problem.mask.reshape(3, *problem.places)
+    likelihood, h = problem.likelihood.at(problem.d.h.reshape(3, *problem.output).requires_grad_(), shape)
+    torch.testing.assert_close(likelihood.mean(h), problem.in_order(problem.p))
+    joint, residuals, _ = problem.labels()
+    for y, c in list(zip(joint, residuals, strict=True))[::3]:
+        y = y.expand(3, -1)
+        hot = nn.functional.one_hot(y, problem.classes)
+        terms = -(problem.p.log() * hot).sum(-1) * problem.mask
+        torch.testing.assert_close(likelihood.nll(h, y), terms.sum(-1))
+        torch.testing.assert_close(likelihood.statistic(h, y), problem.in_order(hot.double()))
+        torch.testing.assert_close(torch.autograd.grad(likelihood.nll(h, y).sum(), h)[0], c)
+        torch.testing.assert_close(likelihood.residual(h, y), c)
+
+
+@pytest.mark.parametrize("family", [fishopt.Bernoulli(), fishopt.Poisson(), fishopt.Gaussian(0.7)], ids=repr)
+def test_positions_of_independent_outputs_are_just_more_outputs(family):
+    """Where a family factorises anyway, the product over positions is the family itself on all outputs."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    apart = Positions(family, (2, 3), 1)
+    y = family.sample(h, 5, generator)
+    rows = y.unflatten(-1, (2, 3))
+    torch.testing.assert_close(apart.nll(h, rows[0]), family.nll(h, y[0]))
+    torch.testing.assert_close(apart.residual(h, rows), family.residual(h, y))
+    assert apart.sample(h, 5, generator).shape == rows.shape
+    for method in ("mean", "covariance_diagonal", "covariance", "covariance_bound", "radius"):
+        torch.testing.assert_close(getattr(apart, method)(h), getattr(family, method)(h))
+    for end, expected in zip(apart.covariance_spectrum(h), family.covariance_spectrum(h), strict=True):
+        torch.testing.assert_close(end, expected)
+    u = torch.randn(300, 4, 6, dtype=torch.float64, generator=generator)
+    u[:100, :, 3:] = 0
+    u /= u.norm(dim=-1, keepdim=True)
+    m = _quartic_form(family, h, u)
+    torch.testing.assert_close(_quartic_form(apart, h, u), m)
+    for tight in (False, True):
+        lower, upper = apart.quartic_spectrum(h, tight=tight)
+        assert (lower <= m + 1e-12).all()
+        assert (m <= upper + 1e-12).all()
+
+
+def _quartic_form(likelihood, h, u):
+    quartic, columns = likelihood.quartic(h), likelihood.factor(h)
+    squares = torch.einsum("una,kna->kun", u, columns).square()
+    blocks = squares.unflatten(0, (likelihood.positions, -1)).sum(1).square().sum(0)
+    fourth = torch.einsum("kn,kun->un", quartic.weights, torch.einsum("una,kna->kun", u, quartic.columns).pow(4))
+    return quartic.multiple * squares.sum(0).square() + quartic.within * blocks + fourth
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_bounds_hold_for_every_parameter_and_input(tight):
+    for network in NETWORKS:
+        problem = Problem(network, False)
+        for x in problem.inputs.split(1):
+            arguments = problem.model, x, problem.likelihood
+            exact = fishopt.fisher_diagonal(*arguments, estimator="exact")
+            assert_at_most(exact, fishopt.fisher_bound(*arguments, tight=tight))
+            for name in ("I1", "I2", "hutchinson"):
+                v = fishopt.label_variance(*arguments, estimator=name)
+                assert_at_most(v, fishopt.variance_bound(*arguments, estimator=name, tight=tight))
+                assert_at_most(fishopt.variance_bound(*arguments, estimator=name, side="lower", tight=tight), v)
+
+
+def test_joint_variance_and_bounds_on_its_parts():
+    problem = Problem("tokens", False)
+    arguments = problem.model, problem.inputs, problem.likelihood
+    fisher, o = problem.fisher(), problem.observations
+    spread = (fisher - fisher.mean(0)).square().sum(0) / o**2
+    found = fishopt.joint_variance(*arguments, estimator="I1", samples=2)
+    assert_close(found.input, problem.d.by_name(spread))
+    assert_close(found.label, problem.d.by_name(problem.variance("I1").sum(0) / (2 * o**2)), rtol=1e-7)
+    for tight in (False, True):
+        bound = fishopt.input_variance_bound(*arguments, tight=tight)
+        assert_at_most({name: v * o for name, v in found.input.items()}, bound)
+    parts = problem.d.by_name(fisher.sum(0) / o)
+    for full in (False, True):
+        upper = fishopt.trace_bound(*arguments, full_spectrum=full)
+        for group in upper:
+            trace = sum(v.sum() for name, v in parts.items() if name.startswith(group))
+            assert trace <= upper[group] * (1 + 1e-10)
+
+
+@pytest.mark.parametrize("name", ["I1", "I2", "hutchinson"])
+@pytest.mark.parametrize("network", ["tokens", "pixels"])
+def test_unbiased_with_the_variance_in_closed_form(network, name):
+    problem = Problem(network, True)
+    batch, samples = problem.batch(), 4
+    plan, draw = by_structure({name: batch.names}, batch.structure), Draw(samples, torch.Generator().manual_seed(3))
+    exact = problem.mean(problem.fisher())
+    variance = problem.d.by_name(problem.variance(name).sum(0) / (samples * problem.observations**2))
+    scores = []
+    for _ in range(150):
+        found = estimate(batch, plan, draw)
+        scores.append(z_scores({n: found[n] for n in exact}, exact, variance))
+    assert_unbiased(torch.stack(scores))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("network", "masked"), [("hidden", False), ("hidden", True), ("pixels", True)])
+def test_the_scale_is_that_of_the_losss_gradient(network, masked, reduction):
+    """The second moment of the loss's own gradient at labels from the model is F / O times the scale's square."""
+    problem = Problem(network, masked)
+    n = 2
+    mask, model, inputs = problem.mask[:n], problem.model, problem.inputs[:n]
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    second = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    y, _, weights = problem.labels()
+    for first, other in itertools.product(range(len(y)), repeat=n):
+        labels = torch.where(mask, torch.stack([y[first], y[other]]), IGNORED).reshape(n, *problem.places)
+        model.zero_grad()
+        h = model(inputs)
+        loss_fn(h.movedim(problem.dim, 1), labels).backward()
+        for name, p in model.named_parameters():
+            second[name] += weights[first, 0] * weights[other, 1] * p.grad.square()
+    targets = torch.where(mask, 0, IGNORED).reshape(n, *problem.places)
+    likelihood = fishopt.Categorical(problem.dim)
+    likelihood.reduction = fishopt.from_loss(loss_fn).reduction
+    fisher = fishopt.fisher_diagonal(model, inputs, likelihood, estimator="exact", targets=targets)
+    observations = int(mask.sum())
+    scale = likelihood.gradient_scale(observations, problem.classes)
+    assert_close(second, {name: v * scale**2 / observations for name, v in fisher.items()})
+
+
+def test_chunks_cut_the_mask_along_with_the_inputs(monkeypatch):
+    problem = Problem("tokens", True)
+    exact, v1 = problem.mean(problem.fisher()), problem.mean(problem.variance("I1"))
+    monkeypatch.setattr("fishopt.batch.MAX_ELEMENTS", 1)
+    monkeypatch.setattr("fishopt.batch.MAX_ACTIVATIONS", 1)
+    found = fishopt.fisher_diagonal(
+        problem.model, problem.inputs, problem.likelihood, estimator="exact", targets=problem.targets
+    )
+    assert_close(found, exact)
+    assert_close(mean_label_variance(problem.batch(), "I1"), v1, rtol=1e-7)
+
+
+def test_ignored_inputs_are_as_good_as_left_out():
+    model, x = nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    y = torch.tensor([0, 2, 1, 2, 0])
+    likelihood = fishopt.from_loss(nn.CrossEntropyLoss(ignore_index=2))
+    kept = y != 2
+    for options in ({"estimator": "exact"}, {"estimator": "empirical"}):
+        found = fishopt.fisher_diagonal(model, x, likelihood, targets=y, **options)
+        also = {} if options["estimator"] == "exact" else {"targets": y[kept]}
+        assert_close(found, fishopt.fisher_diagonal(model, x[kept], likelihood, **options, **also))
+
+
+def test_a_head_at_every_position_is_not_separable():
+    problem = Problem("hidden", False)
+    assert not problem.batch().structure.separable
+    assert problem.batch().structure.affine == {"2.weight", "2.bias"}
+    assert Problem("middle", False).batch().structure.separable == {"0.weight", "0.bias"}
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+def test_a_vocabulary_of_50_000_builds_nothing_with_its_square():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 50_000))
+    x = torch.randn(2, 2, 3)
+    targets = torch.tensor([[1, IGNORED], [2, 49_999]])
+    with Largest() as largest:
+        for name in ("I1", "hutchinson", "empirical"):
+            found = fishopt.fisher_diagonal(model, x, "categorical", estimator=name, targets=targets)
+            assert all(torch.isfinite(v).all() for v in found.values())
+        choices = fishopt.select_estimators(
+            model, x, "categorical", criterion="efficiency", candidates=("I1", "I2", "hutchinson")
+        )
+    assert {choice.estimator for choice in choices} <= {"I1", "hutchinson"}
+    assert 50_000 <= largest.numbers < 20_000_000  # some 16 vectors of 4 x 50,000 outputs, and the head's own gradients
+    for name in ("exact", "I2"):
+        with pytest.raises(ValueError, match=r"100,000 outputs.*hutchinson"):
+            fishopt.fisher_diagonal(model, x, "categorical", estimator=name)
+    choices = fishopt.select_estimators(model, x, "categorical")
+    assert [choice.estimator for choice in choices] == ["I1", "I1"]
+    assert "I2 is passed over" in choices[0].reason
+    with pytest.raises(ValueError, match="criterion='efficiency'"):
+        fishopt.label_variance(model, x, "categorical", estimator="I1")
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_optimizers_count_observations(kind):
+    torch.manual_seed(0)
+    model = Tokens(4).double()
+    x, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 4, (6, 3))
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = kind(model, loss_fn, estimator="empirical")
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = loss_fn(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        c = optimizer._curvature._residuals(optimizer._recorder.last)
+        expected = model(x).softmax(-1) - nn.functional.one_hot(y, 4)
+        torch.testing.assert_close(c, expected.detach().flatten(1))
+        optimizer.step()
+        losses.append(loss.item())
+    assert optimizer._moment.batch_size == 18
+    assert optimizer._moment.scale == 1.0
+    assert losses[-1] < losses[0]
+
+
+HEAD = nn.Linear(4, 3)
+X = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([[0, 1]] * 5)
+MAPS = nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Conv2d(2, 3, 1))
+
+
+def _fisher(model=HEAD, inputs=X, likelihood="categorical", **options):
+    return fishopt.fisher_diagonal(model, inputs, likelihood, **options)
+
+
+REFUSED = [
+    (lambda: fishopt.Categorical(dim=0), "dim=0"),
+    (lambda: fishopt.Categorical(dim=1.0), r"dim=1\.0"),
+    (lambda: fishopt.Categorical(dim=True), "dim=True"),
+    (lambda: fishopt.Categorical(ignore_index=None), "ignore_index=None"),
+    (lambda: _fisher(likelihood=fishopt.Categorical(dim=3)), r"\(5, 2, 3\).*dimension 3"),
+    (lambda: _fisher(likelihood=fishopt.Categorical(dim=-3)), r"\(5, 2, 3\).*dimension -3"),
+    (lambda: _fisher(inputs=X[:, 0], likelihood=fishopt.Categorical(dim=2)), r"\(5, 3\).*dimension 2"),
+    (lambda: _fisher(model=nn.Linear(4, 1)), r"\(5, 2, 1\).*C >= 2"),
+    (lambda: _fisher(targets=torch.full((5, 2), IGNORED)), "nothing but labels to be ignored"),
+    (lambda: _fisher(targets=Y[:, :1]), r"\(5, 1\).*shape \(5, 2\)"),
+    (lambda: _fisher(targets=Y[:, 0]), "targets is for"),
+    (lambda: _fisher(targets=Y.float()), "targets is for"),
+    (lambda: _fisher(likelihood="poisson", targets=Y), "targets is for"),
+    (lambda: _fisher(estimator="empirical", targets=Y[:, 0]), r"\(5,\).*\(5, 2\)"),
+    (lambda: _fisher(estimator="empirical", targets=Y.float()), r"\(5, 2\).*\(5, 2, 3\)"),
+    (lambda: _fisher(estimator="empirical", targets=Y + 2), "targets contains 3.*0..2"),
+    (lambda: _fisher(estimator="empirical", targets=Y - 1), "targets contains -1"),
+    (lambda: _fisher(estimator="empirical", targets=torch.ones(5, 2, 3)), "sum to 1"),
+    (lambda: _fisher(likelihood=nn.CrossEntropyLoss(weight=torch.ones(3))), r"weight.*Categorical\(\)"),
+    (lambda: _fisher(MAPS, likelihood=nn.CrossEntropyLoss()), r"Categorical\(dim=1\)"),
+    (lambda: _fisher(MAPS, likelihood=fishopt.Categorical(dim=1), targets=Y), r"shape \(5, 2, 2\)"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
+def test_bad_input(row):
+    call, match = row
+    with pytest.raises(ValueError, match=match):
+        call()
