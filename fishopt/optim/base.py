@@ -6,7 +6,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,20 @@ from fishopt.selection import CRITERIA
 EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
 
+KEPT = (
+    *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
+    *("_recorder", "_handle"),
+)
+"""Attributes that a copy or pickle takes along, besides torch's own three."""
+
 
 class FisherOptimizer(torch.optim.Optimizer, ABC):
-    """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
+    """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule.
+
+    ``copy.deepcopy`` and pickle work: a copy belongs to the copied model, and goes on as the original would, bit for
+    bit. Copy or pickle the two together, ``copy.deepcopy((model, optimizer))``: an optimizer copied alone brings along a
+    copy of its model that nothing else refers to.
+    """
 
     _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
 
@@ -73,7 +84,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._seconds = 0.0
         self._started: float | None = None
         self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
-        weakref.finalize(self, model.register_forward_hook(self._recorder, with_kwargs=True).remove)
+        self._handle = model.register_forward_hook(self._recorder, with_kwargs=True)
+        weakref.finalize(self, self._handle.remove)
 
     # --- what an update rule defines ---
 
@@ -221,7 +233,25 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(f"a {type(self).__name__} belongs to its model; use state_dict(), do not copy or pickle it")
+        """All but the user's hooks, as torch.optim has it; a recorder is copied inert, so what it holds goes along."""
+        return {
+            **super().__getstate__(),
+            **{name: vars(self)[name] for name in KEPT},
+            "recording": vars(self._recorder),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or pickle; torch's `load_state_dict` comes here as well, with groups and their state alone."""
+        recording = state.pop("recording", None)
+        super().__setstate__(state)
+        if recording is None:
+            return
+        vars(self._recorder).update(recording)
+        self._plan = self._started = None
+        weakref.finalize(self, self._handle.remove)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"two {type(self).__name__} cannot share state and model; use copy.deepcopy")
 
     # --- refreshing ---
 

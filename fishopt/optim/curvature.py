@@ -210,6 +210,9 @@ class Curvature:
                 "bad inputs"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shadow": None}  # of the original's model; the copy makes its own
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue bit for bit."""
         return {
