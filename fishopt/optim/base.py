@@ -19,7 +19,7 @@ from fishopt.optim import checks
 from fishopt.optim.amp import unscale
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.checkpoint import Identity, refuse_another
+from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
 from fishopt.optim.curvature import Curvature, Moment, training_likelihood
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
@@ -41,8 +41,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule.
 
     ``copy.deepcopy`` and pickle work: a copy belongs to the copied model, and goes on as the original would, bit for
-    bit. Copy or pickle the two together, ``copy.deepcopy((model, optimizer))``: an optimizer copied alone brings along a
-    copy of its model that nothing else refers to.
+    bit. Copy or pickle the two together, ``copy.deepcopy((model, optimizer))``: an optimizer copied alone brings along
+    a copy of its model that nothing else refers to.
     """
 
     _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
@@ -199,6 +199,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """
         own = refuse_another(state_dict, self._identity())
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
+        restore_precision(state_dict, self.param_groups, self.state)
         self._steps, self._plan = own["steps"], None
         self._is_fresh = own["is_fresh"]
         self._moment = Moment(*own["moment"])
