@@ -119,22 +119,33 @@ class FisherAdam(FisherOptimizer):
 
 def adam_update(bucket: Bucket) -> None:
     """One step in place: average, correct for the start, precondition, clip, decay, move."""
+    params, grads = bucket.movable(), bucket.grads()
+    if can_fuse(params, bucket.kept("exp_avg"), bucket.kept("preconditioner"), bucket.group["betas"][0]):
+        _fused(bucket, params, laid_out_as(params, grads))
+    else:
+        _in_turn(bucket, params, grads)
+    bucket.take(params)
+
+
+def _fused(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
+    group, step, beta = bucket.group, bucket.step, bucket.group["betas"][0]
+    averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
+    if group["clip"] == math.inf:
+        counts = unlimited(params)
+    else:
+        if bucket.sample is None or not bucket.sample.is_of(averages, squares):
+            bucket.sample = Sample(averages, squares)
+        counts = bucket.sample.counts(grads, beta, group["clip"] * (1 - beta**step))
+    lr, weight_decay = float(group["lr"]), group["weight_decay"]
+    adamw_with_frozen_square(
+        params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, counts=counts
+    )
+
+
+def _in_turn(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
     group, step = bucket.group, bucket.step
     lr, beta, clip, weight_decay = float(group["lr"]), group["betas"][0], group["clip"], group["weight_decay"]
-    params, grads = bucket.params, bucket.grads()
     averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
-    if can_fuse(params, averages, squares, beta):
-        grads = laid_out_as(params, grads)
-        if clip == math.inf:
-            counts = unlimited(params)
-        else:
-            if bucket.sample is None or not bucket.sample.is_of(averages, squares):
-                bucket.sample = Sample(averages, squares)
-            counts = bucket.sample.counts(grads, beta, clip * (1 - beta**step))
-        adamw_with_frozen_square(
-            params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, counts=counts
-        )
-        return
     torch._foreach_lerp_(averages, grads, 1 - beta)
     correction = 1 - beta**step
     directions = list(torch._foreach_sqrt(squares))

@@ -8,25 +8,26 @@ from torch import Tensor
 from fishopt.optim.recorder import Record
 
 
-def unscale(optimizer: torch.optim.Optimizer, record: Record | None) -> bool:
-    """Takes a GradScaler's scale out of the gradients, and of the recorded gradient at the output.
-
-    Returns:
-        Whether to go on: False if a gradient overflowed, and the step is to be skipped.
-    """
+def has_overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler has found a gradient infinite or NaN, so that the step is to be skipped."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    if found_inf is None:  # no GradScaler
-        return True
-    if found_inf.item():
-        return False
+    return found_inf is not None and bool(found_inf.item())
+
+
+def unscale_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Takes a GradScaler's scale out of the gradients."""
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is None:  # the user has called unscale_, and the scale is not handed over
-        if record is not None:
-            record.gradient = None
-        return True
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_div_(grads, scale.item())
-    if record is not None and record.gradient is not None:
+    if scale is not None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(grads, scale.item())
+
+
+def unscale_record(optimizer: torch.optim.Optimizer, record: Record) -> None:
+    """Takes the scale out of the recorded gradient at the output; forgets this where the scale is not known."""
+    before = record.gradient
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is not None and before is not None:
         # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
-        record.gradient = record.gradient.to(torch.promote_types(record.gradient.dtype, torch.float32)) / scale
-    return True
+        record.gradient = before.to(torch.promote_types(before.dtype, torch.float32)) / scale
+    elif getattr(optimizer, "found_inf", None) is not None:  # the user has called unscale_, which hides the scale
+        record.gradient = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,21 @@ class Average(NamedTuple):
     model: Tensor
 
 
+def precision(p: Tensor) -> torch.dtype:
+    """What a parameter's state is kept in and its step computed in: its own dtype, float32 at least.
+
+    In bfloat16 an average stands still once what it is to take in is below a 256th of it.
+    """
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def follow(p: Tensor, state: State) -> None:
+    """Takes a state to its parameter's device and precision, which `torch.nn.Module.to` may have changed."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.to(p.device, precision(p))
+
+
 def averaged(
     new: Diagonal, params: Mapping[str, Tensor], states: Mapping[str, State], decays: Mapping[str, float]
 ) -> dict[str, Average]:
@@ -46,12 +62,14 @@ def averaged(
     """
     for name, state in states.items():
         if "fisher" not in state:
-            like = params[name]
-            state.update(step=0, refreshes=0, exp_avg=torch.zeros_like(like), fisher=torch.zeros_like(like))
+            zeros = partial(torch.zeros_like, params[name], dtype=precision(params[name]))
+            state.update(step=0, refreshes=0, exp_avg=zeros(), fisher=zeros())
+        follow(params[name], state)
         state["refreshes"] += 1
     for decay in set(decays.values()):
         same = [name for name in states if decays[name] == decay]
-        torch._foreach_lerp_([states[name]["fisher"] for name in same], [new[name] for name in same], 1 - decay)
+        averages = [states[name]["fisher"] for name in same]
+        torch._foreach_lerp_(averages, [new[name].to(x) for name, x in zip(same, averages, strict=True)], 1 - decay)
     # An average of I2 can be negative where it is small against its noise; the Fisher information is not.
     values = {name: _not_negative(state) for name, state in states.items()}
     corrections = {name: 1 / (1 - decays[name] ** state["refreshes"]) for name, state in states.items()}
@@ -62,7 +80,9 @@ def averaged(
     # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
     for names in by_layer(states).values():
         layer = _mean(sums, sizes, names)
-        found.update({name: Average(values[name], corrections[name], layer, model) for name in names})
+        for name in names:
+            dtype = values[name].dtype
+            found[name] = Average(values[name], corrections[name], layer.to(dtype), model.to(dtype))
     return found
 
 

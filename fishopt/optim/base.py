@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.amp import unscale
+from fishopt.optim.amp import has_overflowed, unscale_gradients, unscale_record
+from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.checkpoint import Identity, refuse_another
-from fishopt.optim.curvature import Curvature, Moment, training_likelihood
+from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
+from fishopt.optim.copies import Copyable
+from fishopt.optim.curvature import Curvature, Estimate, Moment, training_likelihood
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import unwrapped
@@ -31,7 +33,7 @@ EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
 
 
-class FisherOptimizer(torch.optim.Optimizer, ABC):
+class FisherOptimizer(Copyable, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
 
     _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
@@ -73,7 +75,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._seconds = 0.0
         self._started: float | None = None
         self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
-        weakref.finalize(self, model.register_forward_hook(self._recorder, with_kwargs=True).remove)
+        self._hook_on(model)
 
     # --- what an update rule defines ---
 
@@ -106,6 +108,9 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refreshes the curvature if it is due, then updates the parameters.
 
+        All or nothing: an exception or KeyboardInterrupt within leaves parameters and state as they were before, or as
+        they are after the step.
+
         Args:
             closure: Evaluates the model and returns the loss, as with torch.optim.
 
@@ -119,14 +124,18 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        if not unscale(self, self._recorder.last):
+        if has_overflowed(self):
             return loss
-        if self._is_due():
-            self._refresh(self._last_record())
-        self._is_fresh = False
-        self._update(self._planned().buckets)
-        self._steps += 1
-        self._seconds = time.perf_counter() - started
+        with Transaction() as transaction:
+            estimate = self._estimate(self._last_record(), transaction) if self._is_due() else None
+            transaction.commit()
+            unscale_gradients(self)
+            if estimate is not None:
+                self._take(estimate)
+            self._is_fresh = False
+            self._update(self._planned().buckets)
+            self._steps += 1
+            self._seconds = time.perf_counter() - started
         return loss
 
     @torch.no_grad()
@@ -148,8 +157,13 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         started = self._start_clock()
         recorded = self._recorder.last
         record = recorded if recorded is not None and recorded.is_of(inputs) else Record(inputs)
-        self._is_fresh = self._refresh(record)
-        self._seconds = time.perf_counter() - started
+        with Transaction() as transaction:
+            estimate = self._estimate(record, transaction)
+            transaction.commit()
+            if estimate is not None:
+                self._take(estimate)
+            self._is_fresh = estimate is not None
+            self._seconds = time.perf_counter() - started
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of the model's parameters, with its own hyperparameters and estimator if it names them.
@@ -187,6 +201,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         """
         own = refuse_another(state_dict, self._identity())
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
+        restore_precision(state_dict, self.param_groups, self.state)
         self._steps, self._plan = own["steps"], None
         self._is_fresh = own["is_fresh"]
         self._moment = Moment(*own["moment"])
@@ -220,9 +235,6 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             history=list(self._curvature.history),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(f"a {type(self).__name__} belongs to its model; use state_dict(), do not copy or pickle it")
-
     # --- refreshing ---
 
     def _start_clock(self) -> float:
@@ -252,14 +264,20 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             )
         return record
 
-    def _refresh(self, record: Record) -> bool:
-        """Takes a new estimate into the averages and preconditioners; False if it came out NaN or infinite."""
+    def _estimate(self, record: Record, transaction: Transaction) -> Estimate | None:
+        """A new estimate; None if it came out NaN or infinite."""
         groups, wanted = self._units()
         if not groups:
-            return True
-        estimate = self._curvature.refresh(groups, wanted, record, self._steps)
-        if estimate is None:
-            return False
+            return Estimate({}, self._moment)
+        transaction.on_failure(self._curvature.restorer())
+        transaction.on_failure(partial(setattr, record, "gradient", record.gradient))
+        unscale_record(self, record)
+        return self._curvature.refresh(groups, wanted, record, self._steps)
+
+    def _take(self, estimate: Estimate) -> None:
+        """Takes an estimate into the averages and preconditioners."""
+        if not estimate.diagonal:
+            return
         self._moment, self._plan = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
         params = {name: options[name][0] for name in estimate.diagonal}
@@ -268,7 +286,6 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
-        return True
 
     def _planned(self) -> Plan:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""

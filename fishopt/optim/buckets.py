@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishopt.optim.averages import follow, precision
 from fishopt.optim.fused import Sample
 
 State = dict[str, Any]
+
+ROUNDED = 2**22
+"""Entries, about, that are copied to float32 at a time."""
 
 PART = 2**18
 """Entries that are worked on at a time, on a CPU: fewer, and each part's fixed costs show."""
@@ -27,11 +31,13 @@ class Bucket:
         params: The parameters; each has a gradient and an estimate.
         states: The optimizer's state of each.
         step: The count of steps, of each.
+        is_rounded: Whether they have less precision than the step.
         sample: Where FisherAdam measures the updates, once it has.
     """
 
     group: dict[str, Any]
     step: int
+    is_rounded: bool = False
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     sample: Sample | None = None
@@ -47,9 +53,20 @@ class Bucket:
         return [state[name] for state in self.states]
 
     def grads(self) -> list[Tensor]:
-        """The gradients of what is to be minimized."""
+        """The gradients of what is to be minimized, in the precision of the step."""
         grads = [p.grad for p in self.params if p.grad is not None]
+        if self.is_rounded:
+            grads = [grad.to(precision(grad)) for grad in grads]
         return list(torch._foreach_neg(grads)) if self.group["maximize"] and grads else grads
+
+    def movable(self) -> list[Tensor]:
+        """The parameters, to be moved in place: copies where the step has more precision than they have."""
+        return [p.to(precision(p)) for p in self.params] if self.is_rounded else self.params
+
+    def take(self, moved: list[Tensor]) -> None:
+        """Rounds what `movable` gave, once it is moved, into the parameters, unless it is their own memory."""
+        if self.is_rounded:
+            torch._foreach_copy_(self.params, moved)
 
 
 Members = list[tuple[dict[str, Any], list[Tensor]]]
@@ -62,20 +79,28 @@ class Plan:
 
     Attributes:
         members: What was sorted.
+        kinds: The dtype and device of each parameter then.
         buckets: The parameters that have an estimate.
         waiting: Those that have none.
     """
 
     members: Members
+    kinds: list[list[Any]]
     buckets: list[Bucket] = field(default_factory=list)
     waiting: list[Tensor] = field(default_factory=list)
 
     def is_for(self, members: Members) -> bool:
-        """Whether it is a plan for just these groups and parameters, by identity."""
+        """Whether it is a plan for just these groups and parameters, by identity, as they are."""
         return len(members) == len(self.members) and all(
-            group is other and len(params) == len(others) and all(map(operator.is_, params, others))
-            for (group, params), (other, others) in zip(members, self.members, strict=True)
+            group is other
+            and len(params) == len(others)
+            and all(map(operator.is_, params, others))
+            and list(map(_kind, params)) == kinds
+            for (group, params), (other, others), kinds in zip(members, self.members, self.kinds, strict=True)
         )
+
+
+_kind = operator.attrgetter("dtype", "device")  # the same parameter has others after `model.to`
 
 
 def with_gradient(groups: Iterable[dict[str, Any]]) -> Members:
@@ -91,16 +116,20 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
         states: The optimizer's state; parameters of which it holds a ``"preconditioner"`` have an estimate.
     """
     buckets: dict[Any, Bucket] = {}
-    found = Plan(members)
+    found = Plan(members, [list(map(_kind, params)) for _, params in members])
+    rounded = 0
     for i, (group, params) in enumerate(members):
         for p in params:
             state = states.get(p, {})
             if "preconditioner" not in state:
                 found.waiting.append(p)
                 continue
+            follow(p, state)
+            is_rounded = p.dtype != precision(p)
+            rounded += is_rounded * p.numel()
             # Contiguous ones apart, so that a few others do not decide how all are updated.
-            key = (i, p.device, p.dtype, state["step"], p.is_contiguous())
-            bucket = buckets.setdefault(key, Bucket(group, state["step"]))
+            key = (i, p.device, p.dtype, state["step"], p.is_contiguous(), rounded // ROUNDED)
+            bucket = buckets.setdefault(key, Bucket(group, state["step"], is_rounded))
             bucket.params.append(p)
             bucket.states.append(state)
     found.buckets.extend(buckets.values())

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
+
+from fishopt.optim.averages import precision
 
 Identity = dict[str, Any]
 """``"optimizer"``, and for each group ``"names"`` and ``"shapes"`` of its parameters."""
@@ -30,6 +35,24 @@ def refuse_another(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]
                 f"state_dict is of another model: it has {_shown(theirs)} where this one has {_shown(mine)}"
             )
     return dict(own)
+
+
+def restore_precision(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Undoes the rounding of a loaded state to its parameters' dtype, which torch.optim does to all state.
+
+    Args:
+        state_dict: What was loaded.
+        groups: The parameter groups that it was loaded into.
+        states: The state of each of their parameters.
+    """
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    params = (p for group in groups for p in group["params"])
+    for key, p in zip(keys, params, strict=True):
+        for name, saved in state_dict["state"].get(key, {}).items():
+            if isinstance(saved, Tensor) and saved.dtype != p.dtype:
+                states[p][name] = saved.to(p.device, precision(p), copy=True)
 
 
 def _parameters(identity: Identity) -> list[tuple[str, tuple[int, ...]]]:

@@ -115,13 +115,14 @@ class DiagonalNGD(FisherOptimizer):
         return torch.add(least, values, alpha=fisher.correction * moment.scale, out=values).rsqrt_()
 
     def _update(self, buckets: list[Bucket]) -> None:
-        moves, lengths = [], []
+        rates, lengths = [], []
         for bucket in buckets:
             group = bucket.group
             bucket.advance()
-            parts = list(in_parts(bucket.params, bucket.grads(), bucket.kept("exp_avg"), bucket.kept("preconditioner")))
             norms: list[Tensor] = []
-            for _, grads, averages, roots in parts:
+            for grads, averages, roots in in_parts(
+                bucket.grads(), bucket.kept("exp_avg"), bucket.kept("preconditioner")
+            ):
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 norms += torch._foreach_norm(torch._foreach_mul(averages, roots))
             rate = float(group["lr"]) / (1 - group["momentum"] ** bucket.step)  # corrects for the start at zero
@@ -129,15 +130,17 @@ class DiagonalNGD(FisherOptimizer):
             # Without residuals there is no dispersion: any step is too long then, but the gradient is zero as well.
             radius = 2 * group["kl_radius"] * self._moment.scale * max(self._moment.dispersion, TINY)
             lengths.append(torch.stack(norms).mul_(rate / math.sqrt(radius)))
-            moves.append((group, parts, rate))
-        if not moves:
+            rates.append(rate)
+        if not buckets:
             return
         length = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths]))
         scale = length.clamp_min_(1.0).reciprocal_()
-        for group, parts, rate in moves:
-            for params, _, averages, roots in parts:
+        for bucket, rate in zip(buckets, rates, strict=True):
+            group, moved = bucket.group, bucket.movable()
+            for params, averages, roots in in_parts(moved, bucket.kept("exp_avg"), bucket.kept("preconditioner")):
                 steps = torch._foreach_mul(averages, roots)
                 torch._foreach_mul_(steps, scale.to(steps[0].device))
                 if group["weight_decay"]:
                     torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
                 torch._foreach_addcmul_(params, steps, roots, value=-rate)
+            bucket.take(moved)

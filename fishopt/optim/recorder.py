@@ -35,6 +35,7 @@ class Recorder:
 
     A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on.
     Copied or pickled along with its model it becomes inert: a copy of the model is not being trained by the optimizer.
+    An optimizer that is copied along with them wakes the copy up.
 
     Attributes:
         last: The record to use.

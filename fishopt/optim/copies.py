@@ -1,0 +1,54 @@
+"""Copies and pickles of an optimizer: they belong to the copied model."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fishopt.optim.recorder import Recorder
+
+KEPT = (
+    *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
+    *("_recorder", "_handle"),
+)
+"""Attributes that go along, besides torch's own three."""
+
+RENEWED = ("_plan", "_started")
+"""Those that the copy makes anew."""
+
+
+class Copyable(torch.optim.Optimizer):
+    """An optimizer with a hook on its model that can be copied and pickled.
+
+    The copy goes on as the original would, bit for bit. Copy or pickle the two together, as in
+    ``copy.deepcopy((model, optimizer))``: an optimizer copied alone brings along a copy of its model that nothing else
+    refers to. Hooks that the user put on the optimizer stay with the original, as with torch.optim.
+    """
+
+    _recorder: Recorder
+    _handle: RemovableHandle
+
+    def _hook_on(self, model: nn.Module) -> None:
+        """Puts the recorder on the model, for as long as the optimizer is there."""
+        self._handle = model.register_forward_hook(self._recorder, with_kwargs=True)
+        weakref.finalize(self, self._handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: vars(self)[name] for name in KEPT} | dict.fromkeys(RENEWED)
+        # A recorder is copied inert, so what it holds goes along.
+        return {**super().__getstate__(), **own, "recording": vars(self._recorder)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        recording = state.pop("recording", None)
+        super().__setstate__(state)
+        if recording is None:  # torch's `load_state_dict`, with groups and their state alone
+            return
+        vars(self._recorder).update(recording)
+        weakref.finalize(self, self._handle.remove)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"two {type(self).__name__} cannot share state and model; use copy.deepcopy")
