@@ -173,8 +173,9 @@ def checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
         raise ValueError(f"inputs have different numbers of rows {lengths}; pass one row per input in each")
     if lengths == [0]:
         raise ValueError("inputs is empty; pass at least one input")
-    # Detached: the inputs may be the outputs of something else in training, where no gradient is to go.
-    return tuple(x.detach() for x in parts)
+    # Detached: the inputs may be the outputs of something else in training, where no gradient is to go. Cloned where
+    # they were made in inference mode: autograd does not save such tensors.
+    return tuple(x.clone() if x.is_inference() else x.detach() for x in parts)
 
 
 def checked_targets(targets: Any, count: int) -> Tensor:

@@ -184,6 +184,7 @@ def fewest_columns(columns: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
 
 
+@torch.inference_mode(False)
 def fisher_diagonal(
     model: nn.Module,
     inputs: Any,

@@ -61,6 +61,7 @@ class Choice:
     bounds: dict[str, float] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)
 def select_estimators(
     model: nn.Module,
     inputs: Any,
