@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fishopt.optim.recorder import Record
 
 
-def unscale(optimizer: torch.optim.Optimizer, record: Record | None) -> bool:
+class LossScale:
+    """A forward hook on the loss module: what the loss is multiplied by is the gradient that arrives at it.
+
+    A GradScaler hands its scale over to `step`, but not once the user has called ``unscale_``. Copied or pickled along
+    with the loss it is a new one, which nobody reads.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._sum = torch.zeros(())
+
+    @_disable_dynamo
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Watches a loss that can be differentiated."""
+        if isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
+            output.register_hook(self._keep)
+
+    def is_one(self) -> bool:
+        """Whether nothing was scaled since the last step: micro-batches have shares that add up to one."""
+        return math.isclose(float(self._sum), 1.0, rel_tol=1e-3)
+
+    def take(self) -> Tensor | None:
+        """What the last backward sent to the loss, for one step; None if it did not go through this loss module."""
+        last, self._last, self._sum = self._last, None, torch.zeros(())
+        return last
+
+    def _keep(self, gradient: Tensor) -> None:
+        self._last = gradient.detach()
+        self._sum = self._sum.to(gradient) + self._last
+
+    def __reduce__(self) -> tuple[type[LossScale], tuple[()]]:
+        return LossScale, ()
+
+
+def unscale(optimizer: torch.optim.Optimizer, record: Record | None, at_loss: Tensor | None) -> bool:
     """Takes a GradScaler's scale out of the gradients, and of the recorded gradient at the output.
+
+    Args:
+        optimizer: The optimizer that the GradScaler steps.
+        record: The last training forward.
+        at_loss: The gradient at the loss, which tells the scale where the GradScaler does not.
 
     Returns:
         Whether to go on: False if a gradient overflowed, and the step is to be skipped.
@@ -20,13 +63,18 @@ def unscale(optimizer: torch.optim.Optimizer, record: Record | None) -> bool:
     if found_inf.item():
         return False
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is None:  # the user has called unscale_, and the scale is not handed over
-        if record is not None:
-            record.gradient = None
+    if scale is None:  # the user has called unscale_: the gradients are done, and the scale is not handed over
+        _unscale_record(record, at_loss)
         return True
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_(grads, scale.item())
-    if record is not None and record.gradient is not None:
-        # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
-        record.gradient = record.gradient.to(torch.promote_types(record.gradient.dtype, torch.float32)) / scale
+    _unscale_record(record, scale)
     return True
+
+
+def _unscale_record(record: Record | None, scale: Tensor | None) -> None:
+    if record is None or record.gradient is None:
+        return
+    # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
+    wide = torch.promote_types(record.gradient.dtype, torch.float32)
+    record.gradient = None if scale is None else record.gradient.to(wide) / scale

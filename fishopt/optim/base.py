@@ -16,7 +16,7 @@ from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.amp import unscale
+from fishopt.optim.amp import LossScale, unscale
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another
@@ -33,8 +33,6 @@ EVERY_STEP_UNTIL = 10
 
 class FisherOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
-
-    _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
 
     def __init__(
         self,
@@ -74,6 +72,9 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._started: float | None = None
         self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
         weakref.finalize(self, model.register_forward_hook(self._recorder, with_kwargs=True).remove)
+        self._loss_scale = LossScale()
+        if isinstance(likelihood, nn.Module):
+            weakref.finalize(self, likelihood.register_forward_hook(self._loss_scale).remove)
 
     # --- what an update rule defines ---
 
@@ -119,7 +120,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        if not unscale(self, self._recorder.last):
+        if not unscale(self, self._recorder.last, self._loss_scale.take()):
             return loss
         if self._is_due():
             self._refresh(self._last_record())
@@ -129,6 +130,7 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         self._seconds = time.perf_counter() - started
         return loss
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, *inputs: Tensor) -> None:
         """Refreshes the curvature now, from these inputs; the next `step` then does not.
@@ -257,7 +259,8 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
         groups, wanted = self._units()
         if not groups:
             return True
-        estimate = self._curvature.refresh(groups, wanted, record, self._steps)
+        with torch.autocast(next(self._model.parameters()).device.type, enabled=False):
+            estimate = self._curvature.refresh(groups, wanted, record, self._steps)
         if estimate is None:
             return False
         self._moment, self._plan = estimate.moment, None
@@ -284,6 +287,14 @@ class FisherOptimizer(torch.optim.Optimizer, ABC):
                     raise RuntimeError(
                         f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
                     )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Torch's contract: whether a GradScaler leaves the scaling to step(), and hands its scale over for that.
+
+        Only where the scale is of use. Lightning does not clip gradients in mixed precision if this holds.
+        """
+        return self._wants_gradient() and not self._loss_scale.is_one()
 
     # --- groups ---
 
