@@ -46,6 +46,15 @@ both = pytest.mark.parametrize("kind", FAST)
 LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks of a hundred weights: on a busy machine threads that wait for each other are all that takes time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.0), nn.Linear(8, 3))

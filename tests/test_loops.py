@@ -16,6 +16,15 @@ LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 N, BATCH = 64, 16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks of a hundred weights: on a busy machine threads that wait for each other are all that takes time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Run:
     """A small network, its data and its optimizer; `step` is the plain loop's."""
 
