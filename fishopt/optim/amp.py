@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,32 +16,31 @@ from fishopt.optim.recorder import Record
 class LossScale:
     """A forward hook on the loss module: what the loss is multiplied by is the gradient that arrives at it.
 
-    A GradScaler hands its scale over to `step`, but not once the user has called ``unscale_``. Copied or pickled along
-    with the loss it is a new one, which nobody reads.
+    A GradScaler hands its scale over to `step`, but not once the user has called ``unscale_``. With gradient
+    accumulation a mean is taken to be made of shares that add up to one, times the scale, and a sum of parts with the
+    scale each. Copied or pickled along with the loss it is a new one, which nobody reads.
     """
 
     def __init__(self) -> None:
-        self._last: Tensor | None = None
-        self._sum = torch.zeros(())
+        self._scale: Tensor | None = None
 
     @_disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Watches a loss that can be differentiated."""
         if isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
-            output.register_hook(self._keep)
+            output.register_hook(partial(self._keep, module.reduction == "mean"))
 
     def is_one(self) -> bool:
-        """Whether nothing was scaled since the last step: micro-batches have shares that add up to one."""
-        return math.isclose(float(self._sum), 1.0, rel_tol=1e-3)
+        """Whether the loss module tells that nothing was scaled since the last step."""
+        return self._scale is not None and math.isclose(float(self._scale), 1.0, rel_tol=1e-3)
 
     def take(self) -> Tensor | None:
-        """What the last backward sent to the loss, for one step; None if it did not go through this loss module."""
-        last, self._last, self._sum = self._last, None, torch.zeros(())
-        return last
+        """The scale of the gradients since the last step; None if they did not come by way of this loss module."""
+        scale, self._scale = self._scale, None
+        return scale
 
-    def _keep(self, gradient: Tensor) -> None:
-        self._last = gradient.detach()
-        self._sum = self._sum.to(gradient) + self._last
+    def _keep(self, adds: bool, gradient: Tensor) -> None:
+        self._scale = gradient.detach() if self._scale is None or not adds else self._scale + gradient.detach()
 
     def __reduce__(self) -> tuple[type[LossScale], tuple[()]]:
         return LossScale, ()
@@ -52,7 +52,7 @@ def unscale(optimizer: torch.optim.Optimizer, record: Record | None, at_loss: Te
     Args:
         optimizer: The optimizer that the GradScaler steps.
         record: The last training forward.
-        at_loss: The gradient at the loss, which tells the scale where the GradScaler does not.
+        at_loss: The scale by the gradient at the loss, which tells it where the GradScaler does not.
 
     Returns:
         Whether to go on: False if a gradient overflowed, and the step is to be skipped.
