@@ -30,6 +30,7 @@ class EmpiricalError(NamedTuple):
     variance_bound: Diagonal
 
 
+@torch.inference_mode(False)
 def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Tensor) -> EmpiricalError:
     """The empirical Fisher's bias and variance on a batch, with their bounds (Lemma 6.1, Corollaries G.1 and G.2).
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fishopt.batch import Batch, checked_generator, checked_option, checked_samples
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
-from fishopt.passes import Diagonal, Sketch, Structure, add
+from fishopt.passes import Coverage, Diagonal, Sketch, Structure, add
 
 EXACT_UP_TO = 256
 """Backward passes that I2's exact Hessian diagonal may take: networks of a hundred smooth units or so."""
@@ -135,7 +135,7 @@ Plan = dict[Estimator, tuple[str, ...]]
 """Which cotangents for which parameters; where a parameter is under several, their values add up."""
 
 
-def by_structure(wanted: Mapping[str, Sequence[str]], structure: Structure) -> Plan:
+def by_structure(wanted: Mapping[str, Sequence[str]], structure: Structure, coverage: Coverage) -> Plan:
     """The cheapest cotangents that give estimators their parameters.
 
     In a last linear layer the exact value takes one column; where h is affine in each weight I2 is exact; elsewhere
@@ -144,12 +144,16 @@ def by_structure(wanted: Mapping[str, Sequence[str]], structure: Structure) -> P
     Args:
         wanted: Estimator -> parameters.
         structure: How the output depends on them.
+        coverage: By which way their derivatives are found: where only the batch's squared gradient is to be had, that
+            takes cotangents of mean zero, which are I1's.
     """
     parts: dict[Estimator, list[str]] = defaultdict(list)
-    for name, names in wanted.items():
+    for name, members in wanted.items():
         if name not in ("exact", "I2"):
-            parts[ESTIMATORS[name]].extend(names)
+            parts[ESTIMATORS[name]].extend(members)
             continue
+        parts[squared_score].extend(n for n in members if coverage.is_pooled(n))
+        names = [n for n in members if not coverage.is_pooled(n)]
         others = [n for n in names if n not in structure.separable]
         parts[exact_separable].extend(n for n in names if n in structure.separable)
         parts[exact].extend(others)
@@ -183,6 +187,7 @@ def fewest_columns(columns: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
 
 
+@torch.inference_mode(False)
 def fisher_diagonal(
     model: nn.Module,
     inputs: Any,
@@ -228,5 +233,5 @@ def fisher_diagonal(
             f"estimator={estimator!r} draws labels itself"
         )
     draw = Draw(samples, generator, targets)
-    found = estimate(batch, by_structure({estimator: batch.names}, batch.structure), draw)
+    found = estimate(batch, by_structure({estimator: batch.names}, batch.structure, batch.coverage), draw)
     return {name: found[name] for name in batch.names}

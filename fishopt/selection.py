@@ -18,7 +18,16 @@ from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
 from fishopt.likelihoods.base import COLUMN_LIMIT
-from fishopt.passes import Diagonal, Sketch, Structure, add, signs
+from fishopt.passes import (
+    WAYS,
+    Coverage,
+    Diagonal,
+    NoSecondDerivativesError,
+    Sketch,
+    Structure,
+    add,
+    signs,
+)
 from fishopt.variance import (
     SAMPLED,
     bound_factor,
@@ -62,6 +71,7 @@ class Choice:
     bounds: dict[str, float] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)
 def select_estimators(
     model: nn.Module,
     inputs: Any,
@@ -119,9 +129,21 @@ def choose(
     batch: Batch, groups: Groups, criterion: str, candidates: Sequence[str], *, exact_up_to: int = EXACT_UP_TO
 ) -> list[Choice]:
     """`select_estimators` for a checked batch; I2 sketches what takes more than ``exact_up_to`` backward passes."""
-    names = tuple(name for members in groups.values() for name in members)
-    judge = _CRITERIA[criterion](batch, names, exact_up_to)
-    return [_choice(group, members, judge, candidates) for group, members in groups.items()]
+    followed = {group: [n for n in names if batch.coverage.is_per_input(n)] for group, names in groups.items()}
+    names = tuple(name for members in followed.values() for name in members)
+    judge = _CRITERIA[criterion](batch, names, exact_up_to) if names else None
+    return [
+        _choice(group, followed[group], judge, candidates)
+        if judge is not None and followed[group]
+        else _unjudged(group, names, batch.coverage)
+        for group, names in groups.items()
+    ]
+
+
+def _unjudged(group: str, names: Sequence[str], coverage: Coverage) -> Choice:
+    """The choice where there are no derivatives per input that a variance could be computed from."""
+    ways = " and ".join(dict.fromkeys(WAYS[coverage.ways[name]] for name in names))
+    return Choice(group, "I1", {}, f"no choice: {ways}")
 
 
 def _choice(group: str, names: Sequence[str], judge: _Judge, candidates: Sequence[str]) -> Choice:
@@ -137,8 +159,11 @@ def _choice(group: str, names: Sequence[str], judge: _Judge, candidates: Sequenc
             scores[name] = floor
             notes.append(f"{name} loses by its cost alone, about {judge.cost(name, names):,} backward passes")
         else:
-            scores[name] = judge.score(name, names)
-            bounds[name] = judge.bound(name, names)
+            try:
+                scores[name], bounds[name] = judge.score(name, names), judge.bound(name, names)
+            except NoSecondDerivativesError:
+                scores[name] = float("inf")
+                notes.append(f"{name} is passed over, an operation has no second derivative")
     winner = min(candidates, key=lambda name: scores[name])
     return Choice(group, winner, {c: scores[c] for c in candidates}, judge.reason(winner, scores, names, notes), bounds)
 

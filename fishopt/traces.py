@@ -22,6 +22,7 @@ from fishopt.variance import SIDES, bound_factor, squared_norm_per_input
 QUANTITIES = ("fisher", "I1", "I2")
 
 
+@torch.inference_mode(False)
 def trace_bound(
     model: nn.Module,
     inputs: Any,

@@ -342,6 +342,6 @@ def test_many_columns_are_not_held_at_once(monkeypatch):
         vjp = through._vjp
         monkeypatch.setattr(through, "_vjp", lambda c, *rest: held.append(len(c)) or vjp(c, *rest))
         for name in ("SMALL", "MAX_GRADIENTS"):
-            monkeypatch.setattr(f"fishopt.passes.traced.{name}", 1)
+            monkeypatch.setattr(f"fishopt.passes.backward.{name}", 1)
         assert_close(through.fourth_vjp(columns, weights), expected)
     assert max(held) == 3

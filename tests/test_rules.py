@@ -103,7 +103,7 @@ def test_columns_in_any_number_at_a_time(columns_at_once, monkeypatch):
         expected = through.squared_vjp(columns)
         monkeypatch.setattr(TracedPass, "_columns_at_once", lambda *_: columns_at_once)
         assert_close(through.squared_vjp(columns), expected)
-        monkeypatch.setattr("fishopt.passes.traced.BATCHED_UP_TO", 0)
+        monkeypatch.setattr("fishopt.passes.backward.BATCHED_UP_TO", 0)
         assert_close(through.squared_vjp(columns), expected)
 
 

@@ -122,6 +122,14 @@ class Likelihood(ABC):
         """Which of the data's labels count, as booleans of their shape; None where the labels do not tell."""
         return None
 
+    def leaves_out(self, outputs: Tensor) -> bool:
+        """Whether some labels of a network's output may not count."""
+        return False
+
+    def counted_by(self, gradient: Tensor) -> Tensor:
+        """Which labels count, from the loss's gradient at the network's output, where `leaves_out`."""
+        raise NotImplementedError
+
     # --- what follows from it ---
 
     def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:

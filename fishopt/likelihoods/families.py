@@ -46,6 +46,13 @@ class Categorical(Likelihood):
         counts = targets != self.ignore_index
         return None if targets.ndim < 2 and counts.all() else counts
 
+    def leaves_out(self, outputs: Tensor) -> bool:
+        return outputs.ndim > 2 or self.ignore_index != -100
+
+    def counted_by(self, gradient: Tensor) -> Tensor:
+        # At a label that counts some class's gradient is not zero, unless the prediction is certain to the last digit.
+        return torch.linalg.vector_norm(gradient, ord=math.inf, dim=self._axis(gradient)) > 0
+
     def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:
         if outputs.ndim < 3 and mask is None:
             return self, self.natural(outputs)

@@ -16,18 +16,32 @@ def has_overflowed(optimizer: torch.optim.Optimizer) -> bool:
 
 def unscale_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Takes a GradScaler's scale out of the gradients."""
-    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    scale = handed_over(optimizer)
     if scale is not None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, scale.item())
 
 
-def unscale_record(optimizer: torch.optim.Optimizer, record: Record) -> None:
-    """Takes the scale out of the recorded gradient at the output; forgets this where the scale is not known."""
-    before = record.gradient
+def handed_over(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The scale that a GradScaler leaves to the step; None if there is none, or ``unscale_`` has been called."""
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is not None and before is not None:
-        # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
-        record.gradient = before.to(torch.promote_types(before.dtype, torch.float32)) / scale
-    elif getattr(optimizer, "found_inf", None) is not None:  # the user has called unscale_, which hides the scale
-        record.gradient = None
+    return scale
+
+
+def plain_gradient(optimizer: torch.optim.Optimizer, record: Record) -> Tensor | None:
+    """The gradient at the output that the loss itself has, as if it was not multiplied by anything.
+
+    By the gradient at the loss where the loss module tells it, by the scale that is handed over elsewhere; None where
+    ``unscale_`` has hidden it. Of several micro-batches each is taken to have its share of the loss.
+    """
+    gradient = record.gradient
+    if gradient is None:
+        return None
+    # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if record.factor is not None:
+        return wide / (record.factor.to(wide) * record.parts)
+    scale = handed_over(optimizer)
+    if scale is not None:
+        return wide / scale.to(wide)
+    return None if getattr(optimizer, "found_inf", None) is not None else wide

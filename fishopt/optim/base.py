@@ -5,27 +5,27 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import checked_model, checked_option
+from fishopt.batch import checked_inputs, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.amp import has_overflowed, unscale_gradients, unscale_record
+from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
 from fishopt.optim.copies import Copyable
-from fishopt.optim.curvature import Curvature, Estimate, Moment, training_likelihood
+from fishopt.optim.curvature import Curvature, training_likelihood
+from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
-from fishopt.passes import unwrapped
+from fishopt.passes import Arguments, unwrapped
 from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
 
@@ -35,8 +35,6 @@ EVERY_STEP_UNTIL = 10
 
 class FisherOptimizer(Copyable, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
-
-    _step_supports_amp_scaling = True  # torch's contract: a GradScaler leaves the scaling to step()
 
     def __init__(
         self,
@@ -48,10 +46,12 @@ class FisherOptimizer(Copyable, ABC):
         criterion: str,
         refresh_every: int,
         refresh_inputs: int,
+        output: Any,
         generator: torch.Generator | None,
     ) -> None:
         family, estimates_noise = training_likelihood(likelihood)
         self._model = unwrapped(checked_model(model))
+        self._readout = checks.readout(output)
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
@@ -65,6 +65,7 @@ class FisherOptimizer(Copyable, ABC):
             estimates_noise=estimates_noise,
             criterion=criterion,
             refresh_inputs=refresh_inputs,
+            readout=self._readout,
             generator=source,
         )
         self._refresh_every = refresh_every
@@ -74,8 +75,10 @@ class FisherOptimizer(Copyable, ABC):
         self._moment = Moment(1, 1.0, 1.0)
         self._seconds = 0.0
         self._started: float | None = None
-        self._recorder = Recorder(wants_gradient=self._wants_gradient(), active=True)
-        self._hook_on(model)
+        self._recorder = Recorder(
+            family, self._readout, wants_gradient=self._wants_gradient(), keep=refresh_inputs, active=True
+        )
+        self._hook_on(model, likelihood if isinstance(likelihood, nn.Module) else None)
 
     # --- what an update rule defines ---
 
@@ -125,6 +128,7 @@ class FisherOptimizer(Copyable, ABC):
                 loss = closure()
         self._refuse_sparse_gradients()
         if has_overflowed(self):
+            self._recorder.start_anew()
             return loss
         with Transaction() as transaction:
             estimate = self._estimate(self._last_record(), transaction) if self._is_due() else None
@@ -135,28 +139,38 @@ class FisherOptimizer(Copyable, ABC):
             self._is_fresh = False
             self._update(self._planned().buckets)
             self._steps += 1
+            self._recorder.start_anew()
             self._seconds = time.perf_counter() - started
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's; what was trained on so far does not count for the next step."""
+        super().zero_grad(set_to_none)
+        self._recorder.start_anew()
+
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self, *inputs: Tensor) -> None:
+    def refresh(self, *inputs: Tensor, **named: Tensor) -> None:
         """Refreshes the curvature now, from these inputs; the next `step` then does not.
 
-        Needed only where the recorded inputs will not do: the arguments of the model's call that the last backward
-        went through.
+        Needed only where the recorded inputs will not do: the arguments of the model's calls that were trained on since
+        the last step.
 
         Args:
             *inputs: The model's positional arguments, tensors with one row per input.
+            **named: Its keyword arguments.
 
         Raises:
             ValueError: If the inputs are empty, or contain NaN or infinite values.
             TypeError: If they are not tensors.
         """
-        if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in inputs):
+        given = checked_inputs({**dict(enumerate(inputs)), **named})
+        if any(x.is_floating_point() and not x.isfinite().all() for x in given.leaves):
             raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
         started = self._start_clock()
+        given = Arguments(inputs, named)
         recorded = self._recorder.last
-        record = recorded if recorded is not None and recorded.is_of(inputs) else Record(inputs)
+        record = recorded if recorded is not None and recorded.is_of(given) else Record(given)
         with Transaction() as transaction:
             estimate = self._estimate(record, transaction)
             transaction.commit()
@@ -230,7 +244,7 @@ class FisherOptimizer(Copyable, ABC):
             criterion=self._curvature.criterion,
             rows=rows,
             steps=self._steps,
-            failures=self._curvature.failures,
+            failures=self._curvature.failures.total,
             curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
             history=list(self._curvature.history),
         )
@@ -254,13 +268,7 @@ class FisherOptimizer(Copyable, ABC):
         if record is None:
             raise ValueError(
                 "step() came before any forward of model with gradients on; call model(inputs) first, or "
-                "optimizer.refresh(inputs) (as for a model that torch.compile has compiled before)"
-            )
-        strange = [type(x).__name__ for x in record.inputs if not isinstance(x, Tensor)]
-        if strange:
-            raise ValueError(
-                f"model was called with arguments that are not tensors ({', '.join(strange)}), which are not recorded; "
-                "call optimizer.refresh(*inputs) with tensors alone before step()"
+                "optimizer.refresh(inputs)"
             )
         return record
 
@@ -270,9 +278,14 @@ class FisherOptimizer(Copyable, ABC):
         if not groups:
             return Estimate({}, self._moment)
         transaction.on_failure(self._curvature.restorer())
-        transaction.on_failure(partial(setattr, record, "gradient", record.gradient))
-        unscale_record(self, record)
-        return self._curvature.refresh(groups, wanted, record, self._steps)
+        training = Training(plain_gradient(self, record), self._gradient_of)
+        return self._curvature.refresh(groups, wanted, record, training, self._steps)
+
+    def _gradient_of(self, name: str) -> Tensor | None:
+        """The training gradient of one parameter, without a GradScaler's scale."""
+        grad = next(p.grad for p, own in self._name_of.items() if own == name)
+        scale = handed_over(self)
+        return grad if grad is None or scale is None else grad / scale.to(grad.device)
 
     def _take(self, estimate: Estimate) -> None:
         """Takes an estimate into the averages and preconditioners."""
@@ -301,6 +314,14 @@ class FisherOptimizer(Copyable, ABC):
                     raise RuntimeError(
                         f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
                     )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Torch's contract: whether a GradScaler leaves the scaling to step(), and hands its scale over for that.
+
+        Only where the scale is of use. Lightning does not clip gradients in mixed precision if this holds.
+        """
+        return self._wants_gradient() and not self._recorder.is_unscaled()
 
     # --- groups ---
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,3 +67,37 @@ def generator(value: Any, device: torch.device) -> torch.Generator:
     if value is None:
         return torch.Generator(device).manual_seed(torch.initial_seed())
     return value
+
+
+def readout(output: Any) -> Callable[[Any], Any] | None:
+    """What picks the natural parameters from the model's output.
+
+    Raises:
+        TypeError: If ``output`` is neither a function nor a key.
+    """
+    if output is None or callable(output):
+        return output
+    if isinstance(output, str | int) and not isinstance(output, bool):
+        return Key(output)
+    raise TypeError(f"output={output!r}: pass a function of the model's output, a key of it, or an attribute's name")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Picks an entry of a dict or tuple, or an attribute; a class of its own so that it can be pickled."""
+
+    name: str | int
+
+    def __call__(self, output: Any) -> Any:
+        """The entry.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        try:
+            if isinstance(self.name, str) and not isinstance(output, Mapping):
+                return getattr(output, self.name)
+            return output[self.name]
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            kind = type(output).__name__
+            raise ValueError(f"output={self.name!r} is not in what model returned, a {kind}") from error

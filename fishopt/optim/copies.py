@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fishopt.optim.recorder import Recorder
+from fishopt.optim.recorder import LossHook, Recorder
 
 KEPT = (
     *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
-    *("_recorder", "_handle"),
+    *("_recorder", "_handle", "_readout"),
 )
 """Attributes that go along, besides torch's own three."""
 
@@ -32,10 +32,13 @@ class Copyable(torch.optim.Optimizer):
     _recorder: Recorder
     _handle: RemovableHandle
 
-    def _hook_on(self, model: nn.Module) -> None:
-        """Puts the recorder on the model, for as long as the optimizer is there."""
+    def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
+        """Puts the recorder on the model and the loss, for as long as the optimizer is there."""
         self._handle = model.register_forward_hook(self._recorder, with_kwargs=True)
         weakref.finalize(self, self._handle.remove)
+        if loss is not None:
+            # By way of the recorder, which a copy of the loss leaves behind.
+            weakref.finalize(self, loss.register_forward_hook(LossHook(self._recorder)).remove)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: vars(self)[name] for name in KEPT} | dict.fromkeys(RENEWED)

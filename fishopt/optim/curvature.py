@@ -7,17 +7,22 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, NonFiniteError, checked_inputs
+from fishopt.batch import NonFiniteError
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
+from fishopt.optim.estimate import Estimate, Moment, Part, Training
+from fishopt.optim.failures import Attempt, Failures
+from fishopt.optim.noise import Noise, squares
 from fishopt.optim.recorder import Record
-from fishopt.passes import Diagonal, Shadow
+from fishopt.optim.subbatch import SubBatch
+from fishopt.optim.world import World
+from fishopt.passes import WAYS, Coverage, Shadow
 from fishopt.selection import PAPER, Choice, choose
 
 SELECTION_INPUTS = 8
@@ -29,35 +34,15 @@ SELECTION_ELEMENTS = 2**24
 FIRST_INTERVAL = 32
 """Steps from the first selection to the second; the interval doubles each time, as training slows down."""
 
-NOISE_DECAY = 0.9
-"""Decay rate, per refresh, of the moving average of the residuals' variance."""
-
-MAX_FAILURES = 10
-"""Refreshes in a row that may come out NaN or infinite before training is stopped."""
-
 CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson")}
 """What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
 
 
-class Moment(NamedTuple):
-    """What makes a Fisher diagonal the second moment of the loss's gradient.
+WORSE = frozenset({"network", "rows", "pooled", "none"})
+"""Ways that are slow, or noisy: taken with a warning."""
 
-    Attributes:
-        batch_size: Observations in the training batch: inputs, or where labels have positions those that count.
-        scale: The loss's gradient as a multiple of that of the mean NLL.
-        dispersion: The labels' variance over the one that the likelihood assumes, averaged; 1 unless it is estimated.
-    """
-
-    batch_size: int
-    scale: float
-    dispersion: float
-
-
-class Estimate(NamedTuple):
-    """One refresh: an estimate of ``(1/N_x) sum_n I(theta_i | x_n)``, and the batch's `Moment`."""
-
-    diagonal: Diagonal
-    moment: Moment
+TINY = torch.finfo(torch.float32).tiny
+"""The least dispersion that is divided by."""
 
 
 class Curvature:
@@ -69,6 +54,7 @@ class Curvature:
         estimates_noise: Whether to estimate the labels' variance, relative to the one that the likelihood assumes.
         criterion: How ``"auto"`` chooses, see `fishopt.select_estimators`.
         refresh_inputs: Inputs per estimate, at most.
+        readout: What picks the natural parameters from the model's output.
         generator: Source of sub-batches and labels.
     """
 
@@ -80,29 +66,36 @@ class Curvature:
         estimates_noise: bool,
         criterion: str,
         refresh_inputs: int,
+        readout: Callable[[Any], Any] | None,
         generator: torch.Generator,
     ) -> None:
         self.criterion = criterion
         self.estimates_noise = estimates_noise
         self.seconds = 0.0
-        self.failures = self.failures_in_a_row = 0
+        self.failures = Failures()
+        self.noise = Noise()
         self.choices: dict[str, Choice] = {}
         self.history: list[dict[str, Any]] = []
         self._likelihood = likelihood
         self._model = model
         self._refresh_inputs = refresh_inputs
+        self._readout = readout
         self._generator = generator
         self._shadow: Shadow | None = None
         self._next_selection = 0
-        self._noise = self._noise_weight = 0.0
+        self._ways: dict[str, str] = {}
+        self._warned: frozenset[str] = frozenset()
 
-    def refresh(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
-        """A new estimate for every parameter of ``units``, or None if it came out NaN or infinite.
+    def refresh(
+        self, units: Groups, wanted: dict[str, str], record: Record, training: Training, step: int
+    ) -> Estimate | None:
+        """A new estimate for every parameter of ``units``, or None if there is no good one.
 
         Args:
             units: The groups of choice.
             wanted: Group -> estimator, or ``"auto"``.
             record: The training batch.
+            training: Its gradients.
             step: The optimizer's step, for the schedule and the history of choices.
 
         Raises:
@@ -110,103 +103,164 @@ class Curvature:
             RuntimeError: If too many refreshes in a row have failed.
         """
         start = time.perf_counter()
+        world, attempt = World(record.group), Attempt()
+        generator = world.generator(self._generator)
         try:
-            found = self._estimate(units, wanted, record, step)
-        except NonFiniteError:
-            found = None
+            # The processes meet three times, at the choice, the sums and the mean, whatever has failed on one of them.
+            some = attempt(lambda: self._drawn(record, generator))
+            residuals = attempt(lambda: self._residuals(training.at_output))
+            self._select(units, wanted, step, world, attempt, some)
+            part = self._part(units, wanted, generator, attempt, some, residuals)
+            found = self._merged(part, residuals, record, training, world)
         finally:
             self.seconds += time.perf_counter() - start
-        self._count(failed=found is None)
+        self.failures = self.failures.after(attempt.error, failed=found is None)
         return found
 
     def estimator_of(self, unit: str, wanted: dict[str, str]) -> str:
         """The estimator in use for a group."""
         return self.choices[unit].estimator if wanted[unit] == "auto" else wanted[unit]
 
-    def _estimate(self, units: Groups, wanted: dict[str, str], record: Record, step: int) -> Estimate | None:
-        inputs = checked_inputs(record.inputs)
-        residuals = self._residuals(record)
-        if residuals is not None and not _all_finite([residuals]):
-            return None
-        if self._shadow is None or not self._shadow.is_current():
-            self._shadow = Shadow(self._model)
-        # Drawn, not the first ones: a full batch comes in the same order each step.
-        device = self._generator.device
-        rows = torch.randperm(inputs.count, generator=self._generator, device=device)[: self._refresh_inputs]
-        batch = Batch(self._shadow, inputs.take(rows), self._likelihood)
-        self._select(batch, units, wanted, step)
-        members: dict[str, list[str]] = defaultdict(list)
-        for unit, names in units.items():
-            members[self.estimator_of(unit, wanted)].extend(names)
-        some = None if residuals is None else residuals[rows.to(residuals.device)]
-        plan = by_structure(members, batch.structure)
-        diagonal = estimate(batch, plan, Draw(1, self._generator, residuals=some, exact_up_to=0))
-        if not _all_finite(list(diagonal.values())):
-            return None
-        observations = inputs.count * batch.positions
-        scale = self._likelihood.gradient_scale(observations, batch.width // batch.positions)
-        return Estimate(diagonal, Moment(observations, scale, self._dispersion(residuals)))
+    def way_of(self, name: str) -> str | None:
+        """The way by which a parameter is covered, a key of `fishopt.passes.WAYS`; None before the first refresh."""
+        return self._ways.get(name)
 
-    def _residuals(self, record: Record) -> Tensor | None:
-        """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output."""
-        if record.gradient is None:
+    # --- the parts of a refresh ---
+
+    def _drawn(self, record: Record, generator: torch.Generator) -> SubBatch:
+        if self._shadow is None or not self._shadow.is_current():
+            self._shadow = Shadow(self._model, self._readout)
+        return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
+
+    def _residuals(self, gradient: Tensor | None) -> Tensor | None:
+        """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
+
+        Raises:
+            NonFiniteError: If they are NaN or infinite.
+        """
+        if gradient is None:
             return None
-        likelihood, c = self._likelihood.at(record.gradient.to(next(self._model.parameters()).dtype))
+        wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
+        likelihood, c = self._likelihood.at(gradient.to(wide))
+        if not _all_finite([c]):
+            raise NonFiniteError("the gradient at the model's output is NaN or infinite")
         observations = len(c) * likelihood.positions
         return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
-    def _dispersion(self, residuals: Tensor | None) -> float:
-        """The mean of c^T I(h)^-1 c / T: for a Gaussian the variance of the residuals over the assumed one.
-
-        A moving average over refreshes, which one without residuals leaves as it is.
-
-        Raises:
-            ValueError: If residuals were never seen.
-        """
-        if not self.estimates_noise:
-            return 1.0
-        if residuals is not None:
-            new = float((residuals.square() / self._likelihood.covariance_diagonal(residuals)).mean())
-            self._noise, self._noise_weight = (
-                NOISE_DECAY * old + (1 - NOISE_DECAY) * x for old, x in ((self._noise, new), (self._noise_weight, 1.0))
-            )
-        if not self._noise_weight:
-            raise ValueError(
-                "the variance of the labels cannot be estimated: no backward from the output with a known scale was "
-                "seen (scaler.unscale_ hides it); pass likelihood=fishopt.Gaussian(variance=<number>)"
-            )
-        return self._noise / self._noise_weight
-
-    def _select(self, batch: Batch, units: Groups, wanted: dict[str, str], step: int) -> None:
+    def _select(
+        self,
+        units: Groups,
+        wanted: dict[str, str],
+        step: int,
+        world: World,
+        attempt: Attempt,
+        some: SubBatch | None,
+    ) -> None:
+        """Chooses, if it is time; the same on every process."""
         auto = {unit: names for unit, names in units.items() if wanted[unit] == "auto"}
         if not auto or (step < self._next_selection and auto.keys() <= self.choices.keys()):
             return
-        size = sum(p.numel() for p in batch.shadow.parameters.values())
-        count = max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1)))
-        few = Batch(batch.shadow, batch.inputs.take(slice(count)), self._likelihood)
-        chosen = choose(few, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
-        self.choices = {choice.group: choice for choice in chosen}
-        self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
-        self._next_selection = max(FIRST_INTERVAL, 2 * step)
+        chosen = world.first(attempt(lambda: self._chosen(some, auto)))
+        if chosen is not None:
+            self.choices = {choice.group: choice for choice in chosen}
+            self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
+            self._next_selection = max(FIRST_INTERVAL, 2 * step)
 
-    def _count(self, *, failed: bool) -> None:
-        if not failed:
-            self.failures_in_a_row = 0
-            return
-        if self.failures == 0:
-            warnings.warn(
-                "a curvature refresh came out NaN or infinite (inputs, output or estimate); the last good estimate "
-                "stays in use. Further ones are counted in report() without a warning.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self.failures += 1
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= MAX_FAILURES:
-            raise RuntimeError(
-                f"{self.failures_in_a_row} curvature refreshes in a row came out NaN or infinite; lower lr or look for "
-                "bad inputs"
-            )
+    def _chosen(self, some: SubBatch | None, auto: Groups) -> list[Choice]:
+        assert some is not None
+        size = sum(p.numel() for p in some.shadow.parameters.values())
+        batch = some.batch(max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1))))
+        return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
+
+    def _part(
+        self,
+        units: Groups,
+        wanted: dict[str, str],
+        generator: torch.Generator,
+        attempt: Attempt,
+        some: SubBatch | None,
+        residuals: Tensor | None,
+    ) -> Part | None:
+        """This process's estimate, from half of the inputs if there is not the memory for all."""
+        members: dict[str, list[str]] = defaultdict(list)
+        for unit, names in units.items():
+            if wanted[unit] != "auto" or unit in self.choices:
+                members[self.estimator_of(unit, wanted)].extend(names)
+        for _ in range(2):
+            part = attempt(lambda some=some: self._estimated(some, members, generator, residuals))  # type: ignore[misc]
+            if part is not None or some is None or not attempt.forgive_lack_of_memory():
+                return part
+            some = some.halved()
+        attempt(_lack_of_memory)
+        return None
+
+    def _estimated(
+        self,
+        some: SubBatch | None,
+        members: dict[str, list[str]],
+        generator: torch.Generator,
+        residuals: Tensor | None,
+    ) -> Part:
+        """An estimate from some inputs.
+
+        Raises:
+            NonFiniteError: If it comes out NaN or infinite.
+        """
+        assert some is not None
+        batch = some.batch()
+        self._notice(batch.coverage)
+        plan = by_structure(members, batch.structure, batch.coverage)
+        diagonal = estimate(batch, plan, Draw(1, generator, residuals=some.of(residuals), exact_up_to=0))
+        if not _all_finite(list(diagonal.values())):
+            raise NonFiniteError("the estimate is NaN or infinite")
+        counted = some.counted
+        per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
+        return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)
+
+    def _merged(
+        self, part: Part | None, residuals: Tensor | None, record: Record, training: Training, world: World
+    ) -> Estimate | None:
+        """The processes' estimates as one."""
+        device = next(self._model.parameters()).device
+        numbers = [0.0, 0.0, 0.0, 0.0] if part is None else part.numbers(record.count)
+        noise = squares(self._likelihood, residuals if self.estimates_noise else None)
+        weight, trained_on, width, votes, *squared = world.sums([*numbers, *noise], device)
+        if not weight:
+            return None
+        diagonal = world.mean(None if part is None else part.diagonal, numbers[0] / weight)
+        if self.estimates_noise:
+            self.noise = self.noise.after(*squared)
+        moment = Moment(
+            batch_size=round(trained_on),
+            scale=self._likelihood.gradient_scale(round(trained_on), round(width / votes))
+            * self._multiple(record, world),
+            dispersion=self.noise.dispersion if self.estimates_noise else 1.0,
+        )
+        for name in [name for name in diagonal if self._ways.get(name) == "none"]:
+            gradient = training.of(name)
+            if gradient is not None:  # what Adam would take for its second moment
+                unit = moment.batch_size / (moment.scale**2 * max(moment.dispersion, TINY))
+                diagonal[name] = gradient.to(diagonal[name].dtype).square() * unit
+        return Estimate(diagonal, moment)
+
+    def _multiple(self, record: Record, world: World) -> float:
+        """The training gradient as a multiple of that of the loss on all that was trained on."""
+        if self._likelihood.reduction == "sum":
+            return 1 / world.size  # DistributedDataParallel averages what one process would have summed
+        # Micro-batches whose losses were added up, not averaged.
+        whole = record.parts > 1 and record.factor is not None and abs(float(record.factor) - 1) < 1e-3
+        return float(record.parts) if whole else 1.0
+
+    def _notice(self, coverage: Coverage) -> None:
+        """Warns where parameters are covered by a way that is slow, or noisy."""
+        new = {name: way for name, way in coverage.ways.items() if self._ways.get(name) != way}
+        self._ways = {**self._ways, **new}
+        for way in dict.fromkeys(new.values()):
+            names = [name for name, other in new.items() if other == way]
+            if way in WORSE and way not in self._warned:
+                self._warned = self._warned | {way}
+                listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                warnings.warn(f"the curvature of {listed} comes by {WAYS[way]}", RuntimeWarning, stacklevel=2)
 
     def restorer(self) -> Callable[[], None]:
         """What puts all back as it is now, after an attempt that failed halfway: in microseconds."""
@@ -227,10 +281,10 @@ class Curvature:
         """All that a resumed run needs to continue bit for bit."""
         return {
             "generator": self._generator.get_state(),
-            "failures": [self.failures, self.failures_in_a_row],
+            "failures": [self.failures.total, self.failures.in_a_row],
             "seconds": self.seconds,
             "next_selection": self._next_selection,
-            "noise": [self._noise, self._noise_weight],
+            "noise": list(self.noise),
             "choices": [asdict(choice) for choice in self.choices.values()],
             "history": list(self.history),
         }
@@ -238,12 +292,17 @@ class Curvature:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
         self._generator.set_state(state["generator"].cpu())
-        self.failures, self.failures_in_a_row = state["failures"]
+        total, in_a_row = state["failures"]
+        self.failures = Failures(total, in_a_row, has_succeeded=True)
         self.seconds = state["seconds"]
         self._next_selection = state["next_selection"]
-        self._noise, self._noise_weight = state["noise"]
+        self.noise = Noise(*state["noise"])
         self.choices = {choice["group"]: Choice(**choice) for choice in state["choices"]}
         self.history = list(state["history"])
+
+
+def _lack_of_memory() -> None:
+    raise MemoryError("there is not the memory for half of the inputs")
 
 
 def training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fishopt.optim import checks
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket, in_parts
-from fishopt.optim.curvature import Moment
+from fishopt.optim.estimate import Moment
 from fishopt.optim.units import Params
 
 TINY = torch.finfo(torch.float32).tiny
@@ -48,6 +49,8 @@ class DiagonalNGD(FisherOptimizer):
         refresh_every: Steps between estimates, after the first ten.
         refresh_inputs: Inputs of the batch that an estimate uses.
         maximize: Ascend instead.
+        output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
+            key such as ``"logits"``, or an attribute's name.
         generator: Source of labels and sub-batches; one of its own, seeded with ``torch.initial_seed()``, if None.
 
     Raises:
@@ -72,6 +75,7 @@ class DiagonalNGD(FisherOptimizer):
         refresh_every: int = 20,
         refresh_inputs: int = 16,
         maximize: bool = False,
+        output: Callable[[Any], Any] | str | int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         defaults = {
@@ -92,6 +96,7 @@ class DiagonalNGD(FisherOptimizer):
             criterion=criterion,
             refresh_every=refresh_every,
             refresh_inputs=refresh_inputs,
+            output=output,
             generator=generator,
         )
 

@@ -1,76 +1,226 @@
-"""The one hook that an optimizer puts on the user's model: it remembers the last training batch."""
+"""What an optimizer sees of training: the batches since the last step, by hooks on the model and on the loss."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from fishopt.likelihoods import Likelihood
+from fishopt.passes import Arguments
+
+MAX_KEPT = 2**24
+"""Numbers in the inputs that are kept of one step, beyond its last micro-batch."""
 
 
+@dataclass
 class Record:
-    """One training forward.
+    """What one or several forwards were trained on.
 
     Attributes:
-        inputs: The positional arguments, detached; keyword arguments are put in their places.
-        gradient: The loss's gradient with respect to the output, once backward has run, if it was asked for.
+        inputs: The arguments.
+        count: Inputs trained on; more than are in ``inputs`` if earlier micro-batches were dropped.
+        recent: How many of these the last forward took.
+        parts: Forwards.
+        gradient: The gradient at the output, divided by what the loss was multiplied by, if it was asked for.
+        counted: Which labels count, where they have positions.
+        factor: What the loss was multiplied by, None if the loss module does not tell.
+        group: The processes that share this batch's gradient, None if there is one.
     """
 
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
-        self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        self.gradient: Tensor | None = None
+    inputs: Arguments
+    count: int = 0
+    recent: int = 0
+    parts: int = 1
+    gradient: Tensor | None = None
+    counted: Tensor | None = None
+    factor: Tensor | None = None
+    group: Any = None
 
-    def is_of(self, inputs: tuple[Any, ...]) -> bool:
+    def __post_init__(self) -> None:
+        self.count = self.count or self.inputs.count
+        self.recent = self.recent or self.inputs.count
+
+    def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
-        return len(inputs) == len(self.inputs) and all(
+        mine, others = self.inputs.leaves, inputs.leaves
+        return len(mine) == len(others) and all(
             a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-            for a, b in zip(inputs, self.inputs, strict=True)
+            for a, b in zip(mine, others, strict=True)
         )
 
 
+def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Record:
+    """Several micro-batches as one.
+
+    Args:
+        records: In order; of those that are not like the last, whose rows cannot follow it, only the number counts.
+        dropped: Inputs of earlier ones.
+        parts: How many earlier ones.
+    """
+    last = records[-1]
+    alike = [one for one in records if one.inputs.is_like(last.inputs) and _kinds(one) == _kinds(last)]
+    total = dropped + sum(one.count for one in records)
+    factors = [one.factor for one in records if one.factor is not None]
+    return Record(
+        Arguments.joined([one.inputs for one in alike]),
+        count=total,
+        recent=last.recent,
+        parts=parts + len(records),
+        gradient=_cat([one.gradient for one in alike]),
+        counted=_cat([one.counted for one in alike]),
+        factor=torch.stack(factors).mean() if len(factors) == len(records) else None,
+        group=last.group,
+    )
+
+
 class Recorder:
-    """A forward hook that keeps the inputs that the last backward went through.
+    """A forward hook that keeps what was trained on since the last step.
 
     A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on.
     Copied or pickled along with its model it becomes inert: a copy of the model is not being trained by the optimizer.
     An optimizer that is copied along with them wakes the copy up.
 
     Attributes:
-        last: The record to use.
+        wants_gradient: Keep the loss's gradient with respect to the output as well.
+        keep: Inputs of earlier micro-batches to keep.
 
     Args:
-        wants_gradient: Keep the loss's gradient with respect to the output as well.
+        likelihood: Tells which labels counted, from the gradient at the output.
+        readout: What picks the natural parameters from the model's output.
+        wants_gradient: See above.
+        keep: See above.
         active: Whether to record at all.
     """
 
-    def __init__(self, *, wants_gradient: bool = False, active: bool = False) -> None:
+    def __init__(
+        self,
+        likelihood: Likelihood | None = None,
+        readout: Callable[[Any], Any] | None = None,
+        *,
+        wants_gradient: bool = False,
+        keep: int = 0,
+        active: bool = False,
+    ) -> None:
         self.wants_gradient = wants_gradient
-        self.active = active
-        self.last: Record | None = None
-        self._is_trained_on = False
+        self.keep = keep
+        self._likelihood, self._readout, self._active = likelihood, readout, active
+        self._records: list[Record] = []
+        self._dropped = self._parts = 0
+        self._before: Record | None = None
+        self._untrained: Record | None = None
+        self._at_loss: Tensor | None = None
 
+    @property
+    def last(self) -> Record | None:
+        """What has been trained on since the last step, or before it, or at least gone through the model."""
+        if self._records:
+            return joined(self._records, self._dropped, self._parts)
+        return self._before or self._untrained
+
+    def start_anew(self) -> None:
+        """After a step, or when gradients are set to zero."""
+        if self._records:
+            self._before = self.last
+        self._records = []
+        self._dropped = self._parts = 0
+
+    def is_unscaled(self) -> bool:
+        """Whether the loss module tells that nothing was multiplied by anything since the last step."""
+        last = self.last
+        return last is not None and last.factor is not None and abs(float(last.factor) * last.parts - 1) < 1e-3
+
+    @_disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Records, if this is a training forward."""
-        trains = output.requires_grad if isinstance(output, Tensor) else torch.is_grad_enabled()
-        if not self.active or not trains:
+        if not self._active or not torch.is_grad_enabled():
             return
-        record = Record(_positional(module, args, kwargs) if kwargs else args)
-        if not self._is_trained_on:
-            self.last = record
-        if isinstance(output, Tensor):
-            output.register_hook(partial(self._backward, record))
+        trained = [x for x in tree_leaves(self._natural(output)) if isinstance(x, Tensor) and x.requires_grad]
+        if not trained:
+            return
+        record = Record(Arguments(args, kwargs), group=_processes(module))
+        self._untrained = record
+        trained[0].register_hook(partial(self._backward, record))
+
+    @_disable_dynamo
+    def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
+        if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
+            output.register_hook(self._keep_factor)
+
+    def _keep_factor(self, gradient: Tensor) -> None:
+        self._at_loss = gradient.detach()
 
     def _backward(self, record: Record, gradient: Tensor) -> None:
-        record.gradient = gradient.detach() if self.wants_gradient else None
-        self.last, self._is_trained_on = record, True
+        # The loss is the last thing that a backward has been through.
+        record.factor, self._at_loss = self._at_loss, None
+        if self._likelihood is not None and self._likelihood.leaves_out(gradient):
+            record.counted = self._likelihood.counted_by(gradient)
+        if self.wants_gradient:
+            new = gradient.detach()
+            record.gradient = new if record.gradient is None else record.gradient + new
+        if not any(one is record for one in self._records):
+            self._records.append(record)
+            self._trim()
+
+    def _trim(self) -> None:
+        """Lets go of the oldest micro-batches, if they hold much and there are enough inputs without."""
+        kept = sum(one.count for one in self._records)
+        while len(self._records) > 1:
+            first = self._records[0]
+            size = sum(x.numel() for one in self._records for x in one.inputs.leaves if isinstance(x, Tensor))
+            if size <= MAX_KEPT or kept - first.count < self.keep:
+                return
+            kept -= first.count
+            self._dropped += first.count
+            self._parts += 1
+            del self._records[0]
+
+    def _natural(self, output: Any) -> Any:
+        return output if self._readout is None else self._readout(output)
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()
 
 
-def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All arguments in the order of ``forward``'s parameters; those that only go by name are given with their name."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return (*bound.args, *bound.kwargs.items())
+class LossHook:
+    """A forward hook on the loss module; copied or pickled along with the loss it tells nobody.
+
+    Args:
+        recorder: Whom it tells.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Watches a loss that can be differentiated."""
+        if self._recorder is not None:
+            self._recorder.watch_loss(module, args, output)
+
+    def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
+        return LossHook, ()
+
+
+def _processes(module: nn.Module) -> Any:
+    wrapper = module if isinstance(module, DistributedDataParallel) else DistributedDataParallel._active_ddp_module
+    return None if wrapper is None else wrapper.process_group
+
+
+def _kinds(record: Record) -> list[Any]:
+    tensors = (record.gradient, record.counted)
+    return [None if x is None else (x.shape[1:], x.dtype) for x in tensors]
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [x for x in tensors if x is not None]
+    if len(present) < len(tensors) or not present:
+        return None
+    return present[0] if len(present) == 1 else torch.cat(present)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fishopt.passes.arguments import Arguments
+from fishopt.passes.backward import Trace, Use, trace_forward
 from fishopt.passes.base import Diagonal, Pass
 from fishopt.passes.contacts import Layout, Place, by_rule, entry_for
 from fishopt.passes.functional import FunctionalPass
 from fishopt.passes.rowwise import PooledPass, RowwisePass
 from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
-from fishopt.passes.traced import Trace, TracedPass, Use, trace_forward
+from fishopt.passes.traced import TracedPass
 from fishopt.passes.tracing import Contact
 
 RULE, CALL, NETWORK, ROWS, POOLED, NONE = "rule", "call", "network", "rows", "pooled", "none"
@@ -52,6 +53,14 @@ class Coverage:
     ways: dict[str, str]
     trace: Trace | None
     activations: int
+
+    def is_pooled(self, name: str) -> bool:
+        """Whether of a parameter there is nothing but the batch's squared gradient."""
+        return self.ways[name] == POOLED
+
+    def is_per_input(self, name: str) -> bool:
+        """Whether a parameter has derivatives for each input."""
+        return self.ways[name] not in (POOLED, NONE)
 
 
 def coverage_of(shadow: Shadow, inputs: Arguments) -> Coverage:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fishopt.passes.arguments import Arguments
+from fishopt.passes.backward import OtherPathError
 from fishopt.passes.base import Diagonal, Pass, Sketch
 from fishopt.passes.coverage import CALL, NONE, RULE, Coverage, coverage_of, open_way
 from fishopt.passes.shadow import Shadow
-from fishopt.passes.traced import OtherPathError
 
 
 def open_pass(shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> Pass:

@@ -1,0 +1,99 @@
+"""What becomes of a refresh that fails: training goes on with the last good estimate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, Self, TypeVar
+
+import torch
+
+from fishopt.batch import NonFiniteError
+
+T = TypeVar("T")
+
+MAX_FAILURES = 10
+"""Refreshes in a row that may fail before training is stopped."""
+
+
+class Attempt:
+    """The parts of one refresh, in order: after the first error no more is tried.
+
+    Attributes:
+        error: That error.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __call__(self, do: Callable[[], T]) -> T | None:
+        """What ``do`` returns; None if it or an earlier part failed."""
+        if self.error is not None:
+            return None
+        try:
+            return do()
+        except Exception as error:  # noqa: BLE001 - the model is the user's, and may raise anything
+            self.error = error
+            return None
+
+    def forgive_lack_of_memory(self) -> bool:
+        """Whether there was not the memory for the last part; it may be tried again, with less, then."""
+        lacked = self.error is not None and is_lack_of_memory(self.error)
+        if lacked:
+            self.error = None
+        return lacked
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a device or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class Failures(NamedTuple):
+    """How refreshes have gone so far.
+
+    Attributes:
+        total: Those that failed.
+        in_a_row: Those that failed since the last good one.
+        has_succeeded: Whether there was a good one.
+    """
+
+    total: int = 0
+    in_a_row: int = 0
+    has_succeeded: bool = False
+
+    def after(self, error: Exception | None, *, failed: bool) -> Self:
+        """The same after one more.
+
+        Raises:
+            Exception: ``error``, if nothing has ever succeeded and it is not a matter of numbers or memory: then
+                something does not fit, which training should not hide.
+            RuntimeError: If too many in a row have failed.
+        """
+        if not failed:
+            return self._replace(in_a_row=0, has_succeeded=True)
+        if error is not None and not self.has_succeeded and not _may_pass(error):
+            raise error
+        what = "came out NaN or infinite (inputs, output or estimate)" if error is None else f"failed: {error}"
+        if isinstance(error, NonFiniteError):
+            what = f"came out NaN or infinite: {error}"
+        if self.total == 0:
+            warnings.warn(
+                f"a curvature refresh {what}. The last good estimate stays in use; further failures are counted in "
+                "report() without a warning.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        after = self._replace(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        if after.in_a_row >= MAX_FAILURES:
+            raise RuntimeError(
+                f"{after.in_a_row} curvature refreshes in a row have failed; the last one {what}. Lower lr or look for "
+                "bad inputs"
+            ) from error
+        return after
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, NonFiniteError) or is_lack_of_memory(error)

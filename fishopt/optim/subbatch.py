@@ -1,0 +1,74 @@
+"""Which of the inputs that were trained on a refresh looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fishopt.batch import Batch, NonFiniteError, in_full_precision
+from fishopt.likelihoods import Likelihood
+from fishopt.optim.recorder import Record
+from fishopt.passes import Arguments, Shadow
+
+
+@dataclass(frozen=True)
+class SubBatch:
+    """Some of the inputs.
+
+    Attributes:
+        shadow: The network.
+        likelihood: The family behind its loss.
+        inputs: All of the inputs.
+        rows: Which of them.
+        counted: Which of their labels count, where these have positions.
+    """
+
+    shadow: Shadow
+    likelihood: Likelihood
+    inputs: Arguments
+    rows: Tensor
+    counted: Tensor | None
+
+    @classmethod
+    def drawn(
+        cls, shadow: Shadow, likelihood: Likelihood, record: Record, most: int, generator: torch.Generator
+    ) -> Self:
+        """At most so many of what was trained on; all of the last forward if the network runs on nothing less.
+
+        Drawn, not the first ones: a full batch comes in the same order each step.
+
+        Raises:
+            ValueError: If no argument has a row for each input.
+            NonFiniteError: If none of the labels counts.
+        """
+        if not record.inputs.count:
+            raise ValueError(
+                "model was called without a tensor that has a row for each input; call optimizer.refresh(*inputs) "
+                "with such tensors before step()"
+            )
+        inputs, recent = in_full_precision(record.inputs), record.inputs.count - record.recent
+        shadow.sync()
+        if shadow.structure(inputs.take(slice(recent, None))).needs_all:
+            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted)
+        rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
+        if record.counted is not None:
+            rows = rows[record.counted.flatten(1).any(1).to(rows.device)[rows]]
+        if not len(rows):
+            raise NonFiniteError("no label of the batch counts")
+        return cls(shadow, likelihood, inputs, rows[:most], record.counted)
+
+    def halved(self) -> Self:
+        """Half of them."""
+        return replace(self, rows=self.rows[: -(-len(self.rows) // 2)])
+
+    def of(self, values: Tensor | None) -> Tensor | None:
+        """What belongs to them."""
+        return None if values is None else values[self.rows.to(values.device)]
+
+    def batch(self, most: int | None = None) -> Batch:
+        """A batch of them, or of the first ``most``."""
+        some = replace(self, rows=self.rows[:most])
+        return Batch(self.shadow, self.inputs.take(some.rows), self.likelihood, some.of(self.counted))
