@@ -137,6 +137,7 @@ def _interrupted(step, after):
 
 
 @both
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python drops one in a finalizer
 @pytest.mark.usefixtures("_threads_take_turns_quickly")
 def test_a_run_with_interrupts_at_random_moments_is_the_run_without(kind):
     """Each interrupted step that did not happen is made again."""

@@ -202,6 +202,18 @@ def test_lightning_in_mixed_precision(kind, part, family, accumulate, tmp_path):
     assert not torch.equal(weights(lit), expected)
 
 
+class Functional(Lit):
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@both
+def test_lightning_clips_in_mixed_precision_without_the_loss_module(kind, tmp_path):
+    lit = Functional(kind)
+    fit(tmp_path, lit, precision="bf16-mixed", gradient_clip_val=10.0)
+    assert mean_loss(lit) < 0.8 * mean_loss(network())
+
+
 # --- Accelerate ---
 
 

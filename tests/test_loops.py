@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 import fishopt
+from fishopt.batch import Batch
 
 FAST = {fishopt.FisherAdam: {"lr": 1e-2}, fishopt.DiagonalNGD: {"lr": 3e-2, "kl_radius": 1e-4}}
 both = pytest.mark.parametrize("kind", FAST)
@@ -235,6 +236,20 @@ FUNCTIONS = {
 }
 
 
+def test_inputs_made_in_inference_mode_take_the_fast_pass():
+    """Where autograd keeps the inputs themselves, too."""
+
+    class Gated(nn.Sequential):
+        def forward(self, x):
+            return x * torch.sigmoid(super().forward(x))
+
+    with torch.inference_mode():
+        x = torch.randn(4, 6)
+    batch = Batch.of(Gated(nn.Linear(6, 6)), x, "categorical")
+    next(batch.chunks(batch.names))
+    assert batch.shadow.takes_hooks
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_functions_work_in_any_grad_mode(name, mode):
@@ -317,6 +332,7 @@ def test_schedulers_equal_hyperparameters_set_by_hand(kind, name):
     other = Run(kind)
     for step, options in enumerate(used):
         other.optimizer.param_groups[0].update(options)
+        other.optimizer._plan = None  # nothing is kept from the step before
         other.steps(1, start=step)
     assert_same(run, other)
 

@@ -273,6 +273,29 @@ def test_bounds_hold_for_every_parameter_and_input(tight):
                 assert_at_most(fishopt.variance_bound(*arguments, estimator=name, side="lower", tight=tight), v)
 
 
+def test_bounds_and_scores_are_averages_over_observations():
+    problem = Problem("hidden", False)
+    arguments = problem.model, problem.inputs, problem.likelihood
+    likelihood, h = problem.likelihood.at(problem.d.h.reshape(3, *problem.output))
+    norms = problem.d.first.square().sum(1)
+    largest = likelihood.covariance_spectrum(h).upper[:, None]
+    assert_close(fishopt.fisher_bound(*arguments, tight=True), problem.mean(norms * largest))
+    fourth = norms.square() * largest.square()
+    assert_close(fishopt.input_variance_bound(*arguments, tight=True), problem.mean(fourth))
+    score = norms.square() * likelihood.quartic_spectrum(h, tight=True).upper[:, None]
+    assert_close(fishopt.variance_bound(*arguments, estimator="I1", tight=True), problem.mean(score))
+    traces = fishopt.trace_bound(*arguments, quantity="I1")
+    for choice in fishopt.select_estimators(*arguments, candidates=("I1", "I2")):
+        value = torch.cat([v.flatten() for name, v in problem.mean(score).items() if name.startswith(choice.group)])
+        assert math.isclose(choice.scores["I1"], value.mean(), rel_tol=1e-9)
+        torch.testing.assert_close(traces[choice.group], value.sum())
+        bound = fishopt.variance_bound(*arguments, estimator="I2", tight=True)
+        value = torch.cat([v.flatten() for name, v in bound.items() if name.startswith(choice.group)])
+        assert math.isclose(choice.scores["I2"], value.mean(), rel_tol=1e-9)
+    curved = problem.d.second.square().sum(1) * largest
+    assert_close(fishopt.variance_bound(*arguments, estimator="I2", tight=True), problem.mean(curved))
+
+
 def test_joint_variance_and_bounds_on_its_parts():
     problem = Problem("tokens", False)
     arguments = problem.model, problem.inputs, problem.likelihood

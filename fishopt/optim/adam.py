@@ -124,17 +124,18 @@ class FisherAdam(FisherOptimizer):
 
 def adam_update(bucket: Bucket) -> None:
     """One step in place: average, correct for the start, precondition, clip, decay, move."""
-    params, grads = bucket.movable(), bucket.grads()
-    if can_fuse(params, bucket.kept("exp_avg"), bucket.kept("preconditioner"), bucket.group["betas"][0]):
-        _fused(bucket, params, laid_out_as(params, grads))
-    else:
-        _in_turn(bucket, params, grads)
-    bucket.take(params)
-
-
-def _fused(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
-    group, step, beta = bucket.group, bucket.step, bucket.group["betas"][0]
+    params, grads = bucket.widened(bucket.params), bucket.widened(bucket.grads())
     averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
+    is_fused = can_fuse(params, averages, squares, bucket.group["betas"][0])
+    (_fused if is_fused else _in_turn)(bucket, params, grads, averages, squares)
+    bucket.narrow(bucket.params, params)
+
+
+def _fused(
+    bucket: Bucket, params: list[Tensor], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor]
+) -> None:
+    group, step, beta = bucket.group, bucket.step, bucket.group["betas"][0]
+    grads = laid_out_as(params, grads)
     if group["clip"] == math.inf:
         counts = unlimited(params)
     else:
@@ -147,10 +148,11 @@ def _fused(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
     )
 
 
-def _in_turn(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
+def _in_turn(
+    bucket: Bucket, params: list[Tensor], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor]
+) -> None:
     group, step = bucket.group, bucket.step
     lr, beta, clip, weight_decay = float(group["lr"]), group["betas"][0], group["clip"], group["weight_decay"]
-    averages, squares = bucket.kept("exp_avg"), bucket.kept("preconditioner")
     torch._foreach_lerp_(averages, grads, 1 - beta)
     correction = 1 - beta**step
     directions = list(torch._foreach_sqrt(squares))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import _signal  # type: ignore[import-not-found]  # `signal` makes enums, which costs a tenth of a small step
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -43,17 +43,17 @@ class Transaction:
                 self._undos.pop()()
         finally:
             if self._handler is not None:
-                signal.signal(signal.SIGINT, self._handler)
+                _signal.signal(_signal.SIGINT, self._handler)
                 if self._held is not None:
                     self._handler(*self._held)
 
     def _hold_interrupts(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(_signal.SIGINT)
         if callable(handler):  # not ignored, nor left to the system, which ends the process
             self._handler = handler
-            signal.signal(signal.SIGINT, self._hold)
+            _signal.signal(_signal.SIGINT, self._hold)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         self._held = number, frame

@@ -37,7 +37,8 @@ class Average(NamedTuple):
 def precision(p: Tensor) -> torch.dtype:
     """What a parameter's state is kept in and its step computed in: its own dtype, float32 at least.
 
-    In bfloat16 an average stands still once what it is to take in is below a 256th of it.
+    In bfloat16 an average stands still where what it is to take in is below a 512th of it, which with a decay rate of
+    0.999 leaves it wrong by a quarter; in float16 it loses gradients below 6e-8 altogether.
     """
     return torch.promote_types(p.dtype, torch.float32)
 

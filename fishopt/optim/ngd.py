@@ -120,32 +120,32 @@ class DiagonalNGD(FisherOptimizer):
         return torch.add(least, values, alpha=fisher.correction * moment.scale, out=values).rsqrt_()
 
     def _update(self, buckets: list[Bucket]) -> None:
-        rates, lengths = [], []
+        moves, lengths = [], []
         for bucket in buckets:
             group = bucket.group
             bucket.advance()
+            parts = list(in_parts(bucket.params, bucket.grads(), bucket.kept("exp_avg"), bucket.kept("preconditioner")))
             norms: list[Tensor] = []
-            for grads, averages, roots in in_parts(
-                bucket.grads(), bucket.kept("exp_avg"), bucket.kept("preconditioner")
-            ):
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            for _, grads, averages, roots in parts:
+                torch._foreach_lerp_(averages, bucket.widened(grads), 1 - group["momentum"])
                 norms += torch._foreach_norm(torch._foreach_mul(averages, roots))
             rate = float(group["lr"]) / (1 - group["momentum"] ** bucket.step)  # corrects for the start at zero
             # d^T (F + damping) d = lr^2 m^T m / (F + damping), without another look at F.
             # Without residuals there is no dispersion: any step is too long then, but the gradient is zero as well.
             radius = 2 * group["kl_radius"] * self._moment.scale * max(self._moment.dispersion, TINY)
             lengths.append(torch.stack(norms).mul_(rate / math.sqrt(radius)))
-            rates.append(rate)
-        if not buckets:
+            moves.append((bucket, parts, rate))
+        if not moves:
             return
         length = torch.linalg.vector_norm(torch.cat([x.to(lengths[0].device) for x in lengths]))
         scale = length.clamp_min_(1.0).reciprocal_()
-        for bucket, rate in zip(buckets, rates, strict=True):
-            group, moved = bucket.group, bucket.movable()
-            for params, averages, roots in in_parts(moved, bucket.kept("exp_avg"), bucket.kept("preconditioner")):
+        for bucket, parts, rate in moves:
+            group = bucket.group
+            for params, _, averages, roots in parts:
+                moved = bucket.widened(params)
                 steps = torch._foreach_mul(averages, roots)
                 torch._foreach_mul_(steps, scale.to(steps[0].device))
                 if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
-                torch._foreach_addcmul_(params, steps, roots, value=-rate)
-            bucket.take(moved)
+                    torch._foreach_mul_(moved, 1 - float(group["lr"]) * group["weight_decay"])
+                torch._foreach_addcmul_(moved, steps, roots, value=-rate)
+                bucket.narrow(params, moved)
