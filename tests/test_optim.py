@@ -12,6 +12,9 @@ from torch import nn
 
 import fishopt
 from fishopt.optim.curvature import Curvature
+from fishopt.optim.estimate import Training
+from fishopt.optim.recorder import Record
+from fishopt.passes import Arguments
 from tests.cases import Case
 
 OPTIMIZERS = [fishopt.FisherAdam, fishopt.DiagonalNGD]
@@ -83,9 +86,9 @@ def test_the_scale_of_the_loss_does_not_matter(kind):
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
-def _minibatch_squared(self, units, wanted, record, step):
+def _minibatch_squared(self, units, wanted, record, training, step):
     """B times the square of the mini-batch gradient: with it, F/B is what Adam averages."""
-    from fishopt.optim.curvature import Estimate, Moment
+    from fishopt.optim.estimate import Estimate, Moment
 
     names = dict(self._model.named_parameters())
     return Estimate({n: 16.0 * p.grad.square() for n, p in names.items()}, Moment(16, 1.0, 1.0))
@@ -396,8 +399,8 @@ def test_settings_of_the_model_that_change_in_training_are_followed(kind):
     optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
     optimizer.refresh(x)
     model.temperature = 0.5
-    record = type("R", (), {"inputs": (x,), "gradient": None})()
-    found = optimizer._curvature.refresh(*optimizer._units(), record, 0).diagonal
+    record = Record(Arguments((x,)))
+    found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0).diagonal
     expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
     torch.testing.assert_close(found["layer.weight"], expected["layer.weight"])
 
@@ -508,7 +511,7 @@ def test_the_model_still_pickles_copies_and_saves(kind):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), model(x))
         (recorder,) = other._forward_hooks.values()
-        assert not recorder.active
+        assert not recorder._active
         assert recorder.last is None
     file = io.BytesIO()
     torch.save(model, file)
@@ -553,7 +556,8 @@ def test_moving_the_model_and_replacing_its_data_is_followed(kind):
     optimizer.refresh(x)
     expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
     optimizer._curvature._refresh_inputs = 10**6
-    found = optimizer._curvature.refresh(*optimizer._units(), optimizer._recorder.last.__class__((x,)), 0)
+    record = Record(Arguments((x,)))
+    found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
     for name, value in found.diagonal.items():
         torch.testing.assert_close(value, expected[name])
 

@@ -12,6 +12,7 @@ import fishopt
 from fishopt.batch import Batch
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.likelihoods.positions import Positions
+from fishopt.optim.amp import plain_gradient
 from fishopt.variance import mean_label_variance
 from tests.asserts import assert_at_most, assert_close, assert_unbiased, z_scores
 from tests.reference import derivatives
@@ -435,7 +436,7 @@ def test_optimizers_count_observations(kind):
         optimizer.zero_grad()
         loss = loss_fn(model(x).flatten(0, 1), y.flatten())
         loss.backward()
-        c = optimizer._curvature._residuals(optimizer._recorder.last)
+        c = optimizer._curvature._residuals(plain_gradient(optimizer, optimizer._recorder.last))
         expected = model(x).softmax(-1) - nn.functional.one_hot(y, 4)
         torch.testing.assert_close(c, expected.detach().flatten(1))
         optimizer.step()

@@ -9,7 +9,8 @@ from torch import nn
 
 import fishopt
 from fishopt.optim import buckets
-from fishopt.optim.curvature import Curvature, Estimate, Moment
+from fishopt.optim.curvature import Curvature
+from fishopt.optim.estimate import Estimate, Moment
 
 both = pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
 low = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -37,7 +38,7 @@ class Bag(nn.Module):
 def _estimates_are_given(monkeypatch):
     """In float32, another one at each step."""
 
-    def refresh(self, units, wanted, record, step):
+    def refresh(self, units, wanted, record, training, step):
         generator = torch.Generator().manual_seed(step)
         parameters = self._model.named_parameters()
         return Estimate(

@@ -59,7 +59,8 @@ from torch.testing._internal.common_optimizers import (
 )
 
 import fishopt
-from fishopt.optim.curvature import Curvature, Estimate, Moment
+from fishopt.optim.curvature import Curvature
+from fishopt.optim.estimate import Estimate, Moment
 
 # Torch's helpers forbid the whole process to set torch.backends' flags; undone for the tests beside these.
 torch.backends.__allow_nonbracketed_mutation_flag = True
@@ -204,7 +205,7 @@ def _same(one, other):
 
 @pytest.fixture
 def _estimates_are_given(monkeypatch):
-    def refresh(self, units, wanted, record, step):
+    def refresh(self, units, wanted, record, training, step):
         return Estimate({name: _fisher(name, p, step) for name, p in self._model.named_parameters()}, MOMENT)
 
     monkeypatch.setattr(Curvature, "refresh", refresh)

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fishopt
 from fishopt.optim import buckets, fused
 from fishopt.optim.averages import averaged
-from fishopt.optim.curvature import Curvature, Estimate, Moment, _all_finite
+from fishopt.optim.curvature import Curvature, _all_finite
+from fishopt.optim.estimate import Estimate, Moment
 
 BOTH = [fishopt.FisherAdam, fishopt.DiagonalNGD]
 SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 1001)}
@@ -35,7 +36,7 @@ class Bag(nn.Module):
 def _estimates_are_given(monkeypatch):
     """Each refresh finds the same Fisher diagonal."""
 
-    def refresh(self, units, wanted, record, step):
+    def refresh(self, units, wanted, record, training, step):
         generator = torch.Generator().manual_seed(1)
         parts, wanted = {}, {name for names in units.values() for name in names}
         for name, p in self._model.named_parameters():
@@ -489,7 +490,9 @@ def test_ngd_stands_still_where_there_are_no_residuals(monkeypatch):
 @pytest.mark.parametrize("refreshes", [1, 2, 5])
 def test_preconditioners_by_their_formula(refreshes):
     """The estimate is the same each time, so its average, corrected for its start at zero, is too."""
-    fisher = Curvature.refresh(Bare(Bag(("vector", "matrix"))), {"all": ("vector", "matrix")}, {}, None, 0).diagonal
+    fisher = Curvature.refresh(
+        Bare(Bag(("vector", "matrix"))), {"all": ("vector", "matrix")}, {}, None, None, 0
+    ).diagonal
     mean = torch.cat([value.flatten() for value in fisher.values()]).mean()
     expected = {
         fishopt.FisherAdam: {k: ((f / 4).sqrt() + 0.7 * (mean / 4).sqrt() + 1e-8).square() for k, f in fisher.items()},

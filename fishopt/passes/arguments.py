@@ -83,6 +83,10 @@ class Arguments:
         ]
         return first._with(leaves)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, Any]]:
+        args, kwargs = tree_unflatten(self.leaves, self._spec)
+        return type(self), (args, kwargs)
+
     def _with(self, leaves: list[Any]) -> Self:
         other = object.__new__(type(self))
         other.leaves, other.rows, other._spec = leaves, self.rows, self._spec

@@ -281,8 +281,8 @@ def trace_forward(
         tracer = Tracer(wanted, spreading, copies=shadow.changes_in_place)
         own = inputs.map(torch.Tensor.detach)
         tracer.watch([x for x, has_rows in zip(own.leaves, own.rows, strict=True) if has_rows])
-        with torch.enable_grad(), tracer:
-            output = shadow.run(own)
+        with torch.enable_grad():
+            output = shadow.run(own, tracer)
         if shadow.changes_in_place or not tracer.was_changed():
             return Traced(output, tracer.contacts, tracer.spreads)
         shadow.changes_in_place = True

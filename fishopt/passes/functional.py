@@ -36,7 +36,7 @@ class FunctionalPass(Pass):
         held = {**shadow.parameters, **dict(shadow.module.named_buffers())}
         self._wanted: Parameters = {name: held[name].detach() for name in self.names}
         self._rest = {name: tensor.detach() for name, tensor in held.items() if name not in self._wanted}
-        with torch.no_grad(), Substituting():
+        with torch.no_grad():
             self.outputs = shadow.run(inputs).detach()
 
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
@@ -111,7 +111,7 @@ class FunctionalPass(Pass):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self._shadow.module, {**self._rest, **parameters}, args, kwargs)
 
-        with Substituting(), torch.autocast(c.device.type, enabled=False):
+        with Substituting():
             h = self._shadow.read(self._call([value.unsqueeze(0) for value in x], forward))
         return (h.reshape(-1) * c).sum()
 

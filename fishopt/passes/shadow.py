@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
+from fishopt.passes.tracing import Substituting
 
 Readout = Callable[[Any], Any]
 """What picks the natural parameters from what the network returns."""
@@ -86,9 +87,14 @@ class Shadow:
                 p.requires_grad_(name in names)
             self._required = tuple(names)
 
-    def run(self, inputs: Arguments) -> Any:
-        """The natural parameters, in full precision whatever autocast is on."""
-        with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
+    def run(self, inputs: Arguments, mode: Substituting | None = None) -> Any:
+        """The natural parameters.
+
+        Args:
+            inputs: The network's arguments.
+            mode: What watches the forward.
+        """
+        with mode or Substituting():
             return self.read(inputs.call(self.module))
 
     def read(self, output: Any) -> Any:

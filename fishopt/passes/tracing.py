@@ -54,7 +54,10 @@ class Contact:
 
 
 class Substituting(TorchFunctionMode):
-    """Calls that hide what they do, or have no second derivative, are replaced by the same in plain operations."""
+    """Calls that hide what they do, or have no second derivative, are replaced by the same in plain operations.
+
+    All is in full precision, whatever autocast a user, or the network itself, has switched on.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,6 +65,9 @@ class Substituting(TorchFunctionMode):
         if (plain := SUBSTITUTES.get(func)) is not None:
             with self:
                 return plain(*args, **(kwargs or {}))
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return self.called(func, args, kwargs or {})
         return self.called(func, args, kwargs or {})
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
