@@ -62,7 +62,7 @@ import fishopt
 from fishopt.optim.curvature import Curvature, Estimate, Moment
 
 # Torch's helpers forbid the whole process to set torch.backends' flags; undone for the tests beside these.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 def _inputs(**own):
