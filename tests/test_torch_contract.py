@@ -63,7 +63,7 @@ from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment
 
 # Torch's helpers forbid the whole process to set torch.backends' flags; undone for the tests beside these.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 def _inputs(**own):
