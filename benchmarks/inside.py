@@ -25,7 +25,7 @@ def estimation(model: nn.Module, x: Tensor, likelihood: fishopt.Likelihood, plan
 
     def run() -> dict[str, Tensor]:
         batch = Batch(shadow, (x,), likelihood)
-        return estimate(batch, by_structure(plan, batch.structure), Draw(1, generator))
+        return estimate(batch, by_structure(plan, batch.structure, batch.coverage), Draw(1, generator))
 
     return run
 

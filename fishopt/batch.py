@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,20 @@ MAX_ELEMENTS = 2**25
 
 MAX_ACTIVATIONS = 2**24
 """Numbers that the modules with parameters may put out for one chunk of inputs."""
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Out of the user's inference mode and autocast: curvature takes derivatives, in full precision.
+
+    Also a decorator.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 class NonFiniteError(ValueError):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_inputs, checked_targets
+from fishopt.batch import Batch, apart, checked_inputs, checked_targets
 from fishopt.likelihoods import unit_columns
 from fishopt.passes import Diagonal, add
 
@@ -30,7 +30,7 @@ class EmpiricalError(NamedTuple):
     variance_bound: Diagonal
 
 
-@torch.inference_mode(False)
+@apart()
 def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Tensor) -> EmpiricalError:
     """The empirical Fisher's bias and variance on a batch, with their bounds (Lemma 6.1, Corollaries G.1 and G.2).
 

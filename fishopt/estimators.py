@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_generator, checked_option, checked_samples
+from fishopt.batch import Batch, apart, checked_generator, checked_option, checked_samples
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
 from fishopt.passes import Coverage, Diagonal, Sketch, Structure, add
@@ -187,7 +187,7 @@ def fewest_columns(columns: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
 
 
-@torch.inference_mode(False)
+@apart()
 def fisher_diagonal(
     model: nn.Module,
     inputs: Any,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_option
+from fishopt.batch import Batch, apart, checked_option
 from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns
@@ -71,7 +71,7 @@ class Choice:
     bounds: dict[str, float] = field(default_factory=dict)
 
 
-@torch.inference_mode(False)
+@apart()
 def select_estimators(
     model: nn.Module,
     inputs: Any,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_option
+from fishopt.batch import Batch, apart, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass
@@ -22,7 +22,7 @@ from fishopt.variance import SIDES, bound_factor, squared_norm_per_input
 QUANTITIES = ("fisher", "I1", "I2")
 
 
-@torch.inference_mode(False)
+@apart()
 def trace_bound(
     model: nn.Module,
     inputs: Any,

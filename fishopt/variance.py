@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, checked_option, checked_samples
+from fishopt.batch import Batch, apart, checked_option, checked_samples
 from fishopt.likelihoods import Interval, Likelihood, unit_columns
 from fishopt.passes import Diagonal, Pass, Sketch, add
 
@@ -70,7 +70,7 @@ _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor, Sketch | None], D
 # --- averages over the batch ---
 
 
-@torch.inference_mode(False)
+@apart()
 def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Diagonal:
     """The variance of an estimator given the inputs, in closed form: ``(1/N_x) sum_n V_j(theta_i|x_n)``, one label.
 
@@ -114,7 +114,7 @@ def with_label_variance(batch: Batch, estimator: str, names: Sequence[str]) -> t
     return tuple(name for name in names if estimator != "I2" or name not in batch.structure.piecewise)
 
 
-@torch.inference_mode(False)
+@apart()
 def variance_bound(
     model: nn.Module,
     inputs: Any,
@@ -184,7 +184,7 @@ def largest_eigenvalue(likelihood: Likelihood, h: Tensor, *, tight: bool) -> Ten
     return likelihood.covariance_spectrum(h).upper if tight else likelihood.covariance_bound(h)
 
 
-@torch.inference_mode(False)
+@apart()
 def fisher_bound(
     model: nn.Module, inputs: Any, likelihood: Any, *, side: str = "upper", tight: bool = False
 ) -> Diagonal:
@@ -203,7 +203,7 @@ def fisher_bound(
     return {name: value / batch.observations for name, value in total.items()}
 
 
-@torch.inference_mode(False)
+@apart()
 def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tight: bool = False) -> Diagonal:
     """Lemma 4.8: ``Var_x(I(theta_i|x)) <= E_x[ |d_i h|^4 lambda_max(I)^2 ]``, averaged over the batch.
 
@@ -233,7 +233,7 @@ class JointVariance(NamedTuple):
     label: Diagonal
 
 
-@torch.inference_mode(False)
+@apart()
 def joint_variance(
     model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str, samples: int = 1
 ) -> JointVariance:

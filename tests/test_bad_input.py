@@ -36,18 +36,6 @@ class Lambda(nn.Module):
         return self.function(self.layer(x))
 
 
-class Hidden(nn.Module):
-    """Reaches its weight through a plain list."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-        self.listed = [self.layer.weight]
-
-    def forward(self, x):
-        return x @ self.listed[0].T
-
-
 def _closure_model():
     model = nn.Sequential(nn.Linear(4, 3))
     layer = model[0]
@@ -84,7 +72,6 @@ FUNCTION_ROWS = [
         ValueError,
         "'1'.*couples",
     ),
-    (lambda: fisher(model=Hidden()), ValueError, "past its modules"),
     (lambda: fisher(model=_closure_model()), ValueError, "past its modules"),
     (lambda: fisher(model=Lambda(torch.detach)), ValueError, "does not depend"),
     (lambda: fisher(model=Lambda(lambda h: (h, h))), ValueError, "output is a tuple"),
@@ -219,6 +206,16 @@ def test_step_before_any_forward_names_refresh(kind):
     optimizer.step()
 
 
+class Constant(nn.Linear):
+    """Called with a number."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, count):
+        return super().forward(torch.ones(count, 4))
+
+
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -229,16 +226,18 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_arguments_that_are_not_tensors_name_refresh(kind):
+def test_arguments_without_rows_name_refresh(kind):
     model = Scaled()
     optimizer = kind(model, CE)
     CE(model(x=X), Y).backward()
     optimizer.step()
     CE(model(X, factor=2.0), Y).backward()
-    with pytest.raises(ValueError, match=r"not tensors \(float\).*refresh"):
-        optimizer.step()
-    optimizer.refresh(X)
     optimizer.step()
+    model = Constant()
+    optimizer = kind(model, CE)
+    model(3).sum().backward()
+    with pytest.raises(ValueError, match=r"row for each input.*refresh"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -75,7 +75,7 @@ def _scores(case, name, scale=1.0, runs=200, samples=4):
     draw = Draw(samples, torch.Generator().manual_seed(7))
     rows = []
     for _ in range(runs):
-        found = estimate(batch, by_structure({name: batch.names}, batch.structure), draw)
+        found = estimate(batch, by_structure({name: batch.names}, batch.structure, batch.coverage), draw)
         if scale != 1.0:
             found = {k: v * scale for k, v in found.items()}
             random = {k: variance[k] > 0 for k in found}

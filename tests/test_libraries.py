@@ -261,10 +261,6 @@ def test_accelerate_is_the_plain_loop(kind, family, accumulate, accelerator):
     assert torch.equal(weights(run.model), expected)
 
 
-autocasting = pytest.mark.xfail(strict=True, reason="a forward that autocasts by itself", raises=RuntimeError)
-
-
-@autocasting
 @both
 @pytest.mark.parametrize("family", LOSSES)
 def test_accelerate_in_mixed_precision(kind, family, accelerator):
@@ -276,7 +272,6 @@ def test_accelerate_in_mixed_precision(kind, family, accelerator):
     torch.testing.assert_close(weights(run.model), expected, rtol=0.1, atol=0.1)
 
 
-@autocasting
 @both
 def test_a_forward_replaced_on_the_instance_is_the_copys_own(kind, accelerator):
     """The Fisher diagonal follows the parameters that the model has now, and is none of the original's gradients."""
@@ -291,7 +286,7 @@ def test_a_forward_replaced_on_the_instance_is_the_copys_own(kind, accelerator):
 
 
 @both
-@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=autocasting)])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_resumes_bit_for_bit(kind, precision, accelerator, tmp_path):
     ends = []
     for resumes in (False, True):

@@ -150,7 +150,7 @@ def test_every_joint_label_gives_the_value_by_definition(problem, name, monkeypa
     values, _ = problem.per_label(name)
     for k, y in list(enumerate(problem.labels()[0]))[:5]:
         monkeypatch.setattr(problem.likelihood, "sample", lambda h, samples, generator=None, y=y: y.repeat(3)[None])
-        found = estimate(batch, by_structure({name: batch.names}, batch.structure), Draw())
+        found = estimate(batch, by_structure({name: batch.names}, batch.structure, batch.coverage), Draw())
         assert_close({n: found[n] for n in batch.names}, problem.mean(values[k]))
 
 
@@ -321,7 +321,10 @@ def test_joint_variance_and_bounds_on_its_parts():
 def test_unbiased_with_the_variance_in_closed_form(network, name):
     problem = Problem(network, True)
     batch, samples = problem.batch(), 4
-    plan, draw = by_structure({name: batch.names}, batch.structure), Draw(samples, torch.Generator().manual_seed(3))
+    plan, draw = (
+        by_structure({name: batch.names}, batch.structure, batch.coverage),
+        Draw(samples, torch.Generator().manual_seed(3)),
+    )
     exact = problem.mean(problem.fisher())
     variance = problem.d.by_name(problem.variance(name).sum(0) / (samples * problem.observations**2))
     scores = []

@@ -148,7 +148,6 @@ class FisherOptimizer(Copyable, ABC):
         super().zero_grad(set_to_none)
         self._recorder.start_anew()
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, *inputs: Tensor, **named: Tensor) -> None:
         """Refreshes the curvature now, from these inputs; the next `step` then does not.

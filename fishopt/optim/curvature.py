@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import NonFiniteError
+from fishopt.batch import NonFiniteError, apart
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
@@ -22,7 +22,7 @@ from fishopt.optim.noise import Noise, squares
 from fishopt.optim.recorder import Record
 from fishopt.optim.subbatch import SubBatch
 from fishopt.optim.world import World
-from fishopt.passes import WAYS, Coverage, Shadow
+from fishopt.passes import WAYS, Coverage, Diagonal, Shadow
 from fishopt.selection import PAPER, Choice, choose
 
 SELECTION_INPUTS = 8
@@ -38,7 +38,7 @@ CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson
 """What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
 
 
-WORSE = frozenset({"network", "rows", "pooled", "none"})
+WORSE = ("network", "rows", "pooled")
 """Ways that are slow, or noisy: taken with a warning."""
 
 TINY = torch.finfo(torch.float32).tiny
@@ -86,6 +86,7 @@ class Curvature:
         self._ways: dict[str, str] = {}
         self._warned: frozenset[str] = frozenset()
 
+    @apart()
     def refresh(
         self, units: Groups, wanted: dict[str, str], record: Record, training: Training, step: int
     ) -> Estimate | None:
@@ -114,6 +115,8 @@ class Curvature:
             found = self._merged(part, residuals, record, training, world)
         finally:
             self.seconds += time.perf_counter() - start
+        if attempt.error is not None:
+            self._shadow = None  # it may have been left in the middle of a pass
         self.failures = self.failures.after(attempt.error, failed=found is None)
         return found
 
@@ -236,12 +239,19 @@ class Curvature:
             * self._multiple(record, world),
             dispersion=self.noise.dispersion if self.estimates_noise else 1.0,
         )
+        self._fill_in(diagonal, training, moment)
+        return Estimate(diagonal, moment)
+
+    def _fill_in(self, diagonal: Diagonal, training: Training, moment: Moment) -> None:
+        """Of parameters that the output does not depend on, what Adam would take for the gradient's second moment."""
+        unit = moment.batch_size / (moment.scale**2 * max(moment.dispersion, TINY))
         for name in [name for name in diagonal if self._ways.get(name) == "none"]:
             gradient = training.of(name)
-            if gradient is not None:  # what Adam would take for its second moment
-                unit = moment.batch_size / (moment.scale**2 * max(moment.dispersion, TINY))
+            if gradient is None:  # nor does the loss
+                del diagonal[name]
+            else:
+                self._warn_of("none", [name])
                 diagonal[name] = gradient.to(diagonal[name].dtype).square() * unit
-        return Estimate(diagonal, moment)
 
     def _multiple(self, record: Record, world: World) -> float:
         """The training gradient as a multiple of that of the loss on all that was trained on."""
@@ -252,15 +262,17 @@ class Curvature:
         return float(record.parts) if whole else 1.0
 
     def _notice(self, coverage: Coverage) -> None:
-        """Warns where parameters are covered by a way that is slow, or noisy."""
-        new = {name: way for name, way in coverage.ways.items() if self._ways.get(name) != way}
-        self._ways = {**self._ways, **new}
-        for way in dict.fromkeys(new.values()):
-            names = [name for name, other in new.items() if other == way]
-            if way in WORSE and way not in self._warned:
-                self._warned = self._warned | {way}
-                listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                warnings.warn(f"the curvature of {listed} comes by {WAYS[way]}", RuntimeWarning, stacklevel=2)
+        """Keeps the ways, and warns where one is slow, or noisy."""
+        if coverage.ways != self._ways:
+            self._ways = dict(coverage.ways)
+            for way in WORSE:
+                self._warn_of(way, [name for name, other in self._ways.items() if other == way])
+
+    def _warn_of(self, way: str, names: list[str]) -> None:
+        if names and way not in self._warned:
+            self._warned = self._warned | {way}
+            listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            warnings.warn(f"the curvature of {listed} comes by {WAYS[way]}", RuntimeWarning, stacklevel=2)
 
     def restorer(self) -> Callable[[], None]:
         """What puts all back as it is now, after an attempt that failed halfway: in microseconds."""

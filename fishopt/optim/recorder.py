@@ -149,7 +149,6 @@ class Recorder:
         self._untrained = record
         trained[0].register_hook(partial(self._backward, record))
 
-    @_disable_dynamo
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
@@ -200,6 +199,7 @@ class LossHook:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
 
+    @_disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Watches a loss that can be differentiated."""
         if self._recorder is not None:

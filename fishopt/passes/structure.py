@@ -122,11 +122,15 @@ def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, b
 
     Raises:
         ValueError: If the network runs on neither.
+        MemoryError: If there is not the memory. Or an OutOfMemoryError.
+        OutOfMemoryError: See above.
     """
     for some, needs_all in ((inputs.first(2), False), (inputs, True)):
         try:
             with torch.enable_grad():
                 return run(some), needs_all
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # noqa: BLE001 - a user's network may raise anything
             failure = error
     shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs.leaves if isinstance(x, Tensor))
