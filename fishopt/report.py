@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.table import Table
 
+from fishopt.passes import WAYS
 from fishopt.selection import Choice
 
 _FIXED = {
@@ -34,6 +35,7 @@ class Row:
         bounds: Candidate -> mean bound on its label variance, where it was computed.
         reason: Why this estimator.
         refreshes: Estimates taken so far.
+        ways: Parameter -> the way by which its derivatives are found, a key of `fishopt.passes.WAYS`.
     """
 
     group: str
@@ -42,13 +44,28 @@ class Row:
     bounds: dict[str, float]
     reason: str
     refreshes: int
+    ways: dict[str, str]
 
     @classmethod
-    def of(cls, group: str, wanted: str, choice: Choice | None, *, parameters: int, refreshes: int) -> Self:
+    def of(
+        cls,
+        group: str,
+        wanted: str,
+        choice: Choice | None,
+        *,
+        parameters: int,
+        refreshes: int,
+        ways: dict[str, str],
+    ) -> Self:
         """A row from what was asked for and what was chosen."""
         if wanted == "auto" and choice is not None:
-            return cls(group, parameters, choice.estimator, dict(choice.bounds), choice.reason, refreshes)
-        return cls(group, parameters, wanted, {}, _FIXED[wanted], refreshes)
+            return cls(group, parameters, choice.estimator, dict(choice.bounds), choice.reason, refreshes, ways)
+        return cls(group, parameters, wanted, {}, _FIXED[wanted], refreshes, ways)
+
+    @property
+    def shown_ways(self) -> str:
+        """The ways of its parameters, best first."""
+        return ", ".join(way for way in WAYS if way in self.ways.values()) or "-"
 
 
 @dataclass(frozen=True)
@@ -79,17 +96,20 @@ class Report:
 
     def __str__(self) -> str:
         table = Table(title=f"{self.optimizer}, criterion {self.criterion!r}, after {self.steps:,} steps")
-        for heading in ("group", "parameters", "estimator", "bound I1", "bound I2", "refreshes", "reason"):
+        for heading in ("group", "parameters", "estimator", "bound I1", "bound I2", "refreshes", "way", "reason"):
             numeric = heading in ("parameters", "bound I1", "bound I2", "refreshes")
             # The reason wraps; nothing else may, whatever the width.
             table.add_column(heading, justify="right" if numeric else "left", no_wrap=heading != "reason")
         for row in self.rows:
             bounds = [f"{row.bounds[name]:.1e}" if name in row.bounds else "-" for name in ("I1", "I2")]
-            cells = (row.group, f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}", row.reason)
-            table.add_row(*cells)
+            cells = (row.group, f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}")
+            table.add_row(*cells, row.shown_ways, row.reason)
         text = StringIO()
         console = Console(file=text, width=max(100, shutil.get_terminal_size(fallback=(140, 24)).columns))
         console.print(table, f"curvature: {self.curvature_share:.1%} of the time; failed refreshes: {self.failures}")
+        taken = {way for row in self.rows for way in row.ways.values()}
+        for way in (way for way in WAYS if way in taken):
+            console.print(f"way {way!r}: by {WAYS[way]}")
         return text.getvalue()
 
     def plot(self, path: str | Path) -> Path:

@@ -31,6 +31,8 @@ def test_table_and_dict_say_the_same():
         assert row["group"] in text
         assert row["estimator"] in text
         assert row["refreshes"] == 13
+        assert set(row["ways"].values()) == {"rule"}
+    assert "way 'rule': by a rule" in text
     assert "Remark" in text
     assert "curvature:" in text
     assert [entry["step"] for entry in content["history"]] == [0, 40]

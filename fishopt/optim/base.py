@@ -56,7 +56,7 @@ class FisherOptimizer(Copyable, ABC):
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
         checks.whole("refresh_inputs", refresh_inputs)
-        listed, self._layerwise = parameter_groups(params, [p for p in self._name_of if p.requires_grad])
+        listed, self._layerwise = parameter_groups(params, list(self._name_of))
         super().__init__(listed, defaults)
         source = checks.generator(generator, self.param_groups[0]["params"][0].device)
         self._curvature = Curvature(
@@ -236,6 +236,7 @@ class FisherOptimizer(Copyable, ABC):
                     self._curvature.choices.get(unit),
                     parameters=sum(p.numel() for p in held),
                     refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in held),
+                    ways={name: way for name in names if (way := self._curvature.way_of(name)) is not None},
                 )
             )
         return Report(

@@ -13,14 +13,18 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 """What ``params`` may be, as with torch.optim; None for all of the model's."""
 
 
-def parameter_groups(params: Params, trainable: list[Tensor]) -> tuple[list[dict[str, Any]], bool]:
+def parameter_groups(params: Params, own: list[Tensor]) -> tuple[list[dict[str, Any]], bool]:
     """The parameter groups, and whether layers are the units of choice: unless the user passes groups.
+
+    Args:
+        params: What the user passes.
+        own: The model's parameters: all of them, since what is frozen may be thawed.
 
     Raises:
         ValueError: If ``params`` is empty.
     """
     if params is None:
-        return [{"params": trainable}], True
+        return [{"params": own}], True
     listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not listed:
         raise ValueError("params is empty; pass some of the model's parameters, or leave it out")
