@@ -130,6 +130,13 @@ class Likelihood(ABC):
         """Which labels count, from the loss's gradient at the network's output, where `leaves_out`."""
         raise NotImplementedError
 
+    def check_gradient(self, gradient: Tensor) -> None:  # noqa: B027 - most families have nothing to check
+        """Whether a loss's gradient at the network's output can be this family's, where `leaves_out`.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
     # --- what follows from it ---
 
     def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:

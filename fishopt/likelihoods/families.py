@@ -53,6 +53,17 @@ class Categorical(Likelihood):
         # At a label that counts some class's gradient is not zero, unless the prediction is certain to the last digit.
         return torch.linalg.vector_norm(gradient, ord=math.inf, dim=self._axis(gradient)) > 0
 
+    def check_gradient(self, gradient: Tensor) -> None:
+        # Probabilities sum to one, so over the classes the gradient sums to zero.
+        sizes = gradient.abs().sum()
+        totals = {axis: gradient.sum(axis).abs().sum() for axis in range(1, gradient.ndim)}
+        classes = [axis for axis, total in totals.items() if total <= 1e-2 * sizes]
+        if sizes > 0 and classes and self._axis(gradient) not in classes:
+            raise ValueError(
+                f"model output has shape {tuple(gradient.shape)}, and by the loss's gradient its classes are in "
+                f"dimension {classes[0]}, not {self.dim}; pass likelihood=fishopt.Categorical(dim={classes[0]})"
+            )
+
     def at(self, outputs: Tensor, mask: Tensor | None = None) -> tuple[Likelihood, Tensor]:
         if outputs.ndim < 3 and mask is None:
             return self, self.natural(outputs)

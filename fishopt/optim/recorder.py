@@ -117,6 +117,7 @@ class Recorder:
         self._before: Record | None = None
         self._untrained: Record | None = None
         self._at_loss: Tensor | None = None
+        self._is_checked = False
 
     @property
     def last(self) -> Record | None:
@@ -161,6 +162,9 @@ class Recorder:
         # The loss is the last thing that a backward has been through.
         record.factor, self._at_loss = self._at_loss, None
         if self._likelihood is not None and self._likelihood.leaves_out(gradient):
+            if not self._is_checked:
+                self._likelihood.check_gradient(gradient)
+                self._is_checked = True
             record.counted = self._likelihood.counted_by(gradient)
         if self.wants_gradient:
             new = gradient.detach()
