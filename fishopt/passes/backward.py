@@ -170,8 +170,8 @@ class Backward(Pass, ABC):
         edges, shapes = self._ends(contacts)
         parts = -(-len(columns) // (at_once or self._columns_at_once(contacts)))
         for part in columns.tensor_split(parts):
-            found = iter(self._vjp(part, edges, shapes))
-            yield {i: [next(found) for _ in self._contacts[i].edges] for i in contacts}
+            found = self._vjp(part, edges, shapes)
+            yield {i: [found.pop(0) for _ in self._contacts[i].edges] for i in contacts}
 
     def _ends(self, contacts: Sequence[int]) -> tuple[list[GradientEdge], list[torch.Size]]:
         listed = [self._contacts[i] for i in contacts]
