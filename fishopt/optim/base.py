@@ -21,8 +21,9 @@ from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
 from fishopt.optim.copies import Copyable
-from fishopt.optim.curvature import Curvature, training_likelihood
+from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
+from fishopt.optim.noise import training_likelihood
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
@@ -169,7 +170,10 @@ class FisherOptimizer(Copyable, ABC):
         started = self._start_clock()
         given = Arguments(inputs, named)
         recorded = self._recorder.last
-        record = recorded if recorded is not None and recorded.is_of(given) else Record(given)
+        if recorded is not None and recorded.is_of(given):
+            record = recorded
+        else:
+            record = Record(given, group=recorded and recorded.group)
         with Transaction() as transaction:
             estimate = self._estimate(record, transaction)
             transaction.commit()
