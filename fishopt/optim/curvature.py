@@ -220,11 +220,11 @@ class Curvature:
         """
         assert some is not None
         batch = some.batch()
-        self._notice(batch.coverage)
         plan = by_structure(members, batch.structure, batch.coverage)
         diagonal = estimate(batch, plan, Draw(1, generator, residuals=some.of(residuals), exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             raise NonFiniteError("the estimate is NaN or infinite")
+        self._notice(batch.coverage)  # of a network that puts out NaN it would say the worst
         counted = some.counted
         per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
         return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)
@@ -258,7 +258,8 @@ class Curvature:
             scale=scale * totals.multiple / world.size,
             dispersion=self.noise.dispersion if self.estimates_noise else 1.0,
         )
-        self._fill_in(diagonal, compress(names, sums[len(own) :]), training, moment)
+        nowhere = [count == totals.parts for count in sums[len(own) :]]
+        self._fill_in(diagonal, compress(names, nowhere), training, moment)
         return totals, Estimate(diagonal, moment)
 
     def _fill_in(self, diagonal: Diagonal, names: Iterable[str], training: Training, moment: Moment) -> None:
