@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fishopt.likelihoods import Likelihood, as_likelihood
-from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass
+from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass, unwrapped
 
 MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
@@ -193,6 +193,7 @@ def checked_model(model: Any) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which cannot be copied with shared weights; pass the nn.Module")
     _check_parts(model)
+    check_whole(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("model has no trainable parameter; set requires_grad on what is to be trained")
@@ -205,8 +206,30 @@ def checked_model(model: Any) -> nn.Module:
     return model
 
 
+def check_whole(model: nn.Module) -> None:
+    """Whether this process has all of a model's parameters.
+
+    Raises:
+        TypeError: If they are spread over several processes.
+    """
+    for name, p in model.named_parameters():
+        # By what it has: to import the class takes longer than the rest of fishopt.
+        if hasattr(p, "placements") or "_fsdp_wrapped_module" in name:
+            whole = name.replace("_fsdp_wrapped_module.", "")
+            raise TypeError(
+                f"model parameter {whole!r} is spread over processes (by fully_shard, FullyShardedDataParallel or "
+                "tensor parallelism), and its curvature needs all of it; wrap the model in "
+                "torch.nn.parallel.DistributedDataParallel instead"
+            )
+
+
 def _check_parts(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"model part {path!r} is in DistributedDataParallel, and model as a whole is not; wrap it as a whole, "
+                "or pass that part"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"model part {path!r} normalises by the batch in eval mode too, which couples inputs; build it with "

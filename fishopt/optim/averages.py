@@ -43,6 +43,12 @@ def precision(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def begun(p: Tensor) -> State:
+    """The state of a parameter that has no estimate yet."""
+    zeros = partial(torch.zeros_like, p, dtype=precision(p))
+    return {"step": 0, "refreshes": 0, "exp_avg": zeros(), "fisher": zeros()}
+
+
 def follow(p: Tensor, state: State) -> None:
     """Takes a state to its parameter's device and precision, which `torch.nn.Module.to` may have changed."""
     for name, value in state.items():
@@ -63,8 +69,7 @@ def averaged(
     """
     for name, state in states.items():
         if "fisher" not in state:
-            zeros = partial(torch.zeros_like, params[name], dtype=precision(params[name]))
-            state.update(step=0, refreshes=0, exp_avg=zeros(), fisher=zeros())
+            state.update(begun(params[name]))
         follow(params[name], state)
         state["refreshes"] += 1
     for decay in set(decays.values()):

@@ -21,8 +21,10 @@ from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
 from fishopt.optim.copies import Copyable
-from fishopt.optim.curvature import Curvature, training_likelihood
+from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
+from fishopt.optim.noise import training_likelihood
+from fishopt.optim.portable import from_copy, is_trial, make_room, with_copy
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
@@ -35,6 +37,8 @@ EVERY_STEP_UNTIL = 10
 
 class FisherOptimizer(Copyable, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
+
+    _scalars: tuple[str, ...] = ()  # what the rule keeps of a parameter besides tensors of its shape
 
     def __init__(
         self,
@@ -121,6 +125,9 @@ class FisherOptimizer(Copyable, ABC):
             ValueError: If a refresh is due and the model was not called yet, or not with tensors alone.
             RuntimeError: If a gradient is sparse, or refresh after refresh comes out NaN or infinite.
         """
+        if not self.state and is_trial(self.param_groups):
+            make_room(self, self._scalars)
+            return None
         started = self._start_clock()
         loss = None
         if closure is not None:
@@ -169,7 +176,10 @@ class FisherOptimizer(Copyable, ABC):
         started = self._start_clock()
         given = Arguments(inputs, named)
         recorded = self._recorder.last
-        record = recorded if recorded is not None and recorded.is_of(given) else Record(given)
+        if recorded is not None and recorded.is_of(given):
+            record = recorded
+        else:
+            record = Record(given, group=recorded and recorded.group)
         with Transaction() as transaction:
             estimate = self._estimate(record, transaction)
             transaction.commit()
@@ -204,7 +214,7 @@ class FisherOptimizer(Copyable, ABC):
             "seconds": self._seconds,
             "curvature": self._curvature.state_dict(),
         }
-        return state
+        return with_copy(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, for a model of the same parameters.
@@ -212,6 +222,7 @@ class FisherOptimizer(Copyable, ABC):
         Raises:
             ValueError: If the state is of another kind of optimizer or of another model; nothing is changed then.
         """
+        state_dict = from_copy(state_dict)
         own = refuse_another(state_dict, self._identity())
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
         restore_precision(state_dict, self.param_groups, self.state)

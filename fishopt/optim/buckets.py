@@ -116,7 +116,7 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
 
     Args:
         members: These parameters, by group.
-        states: The optimizer's state; parameters of which it holds a ``"preconditioner"`` have an estimate.
+        states: The optimizer's state; parameters of which it counts ``"refreshes"`` have an estimate.
     """
     buckets: dict[Any, Bucket] = {}
     found = Plan(members, [_kinds(params) for _, params in members])
@@ -124,7 +124,7 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
     for i, (group, params) in enumerate(members):
         for p in params:
             state = states.get(p, {})
-            if "preconditioner" not in state:
+            if not state.get("refreshes"):
                 found.waiting.append(p)
                 continue
             follow(p, state)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import NonFiniteError, apart
+from fishopt.batch import NonFiniteError, apart, check_whole
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
-from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
-from fishopt.optim.estimate import Estimate, Moment, Part, Training
+from fishopt.likelihoods import Likelihood
+from fishopt.optim.estimate import Estimate, Moment, Part, Totals, Training
 from fishopt.optim.failures import Attempt, Failures
 from fishopt.optim.noise import Noise, squares
 from fishopt.optim.recorder import Record
 from fishopt.optim.subbatch import SubBatch
-from fishopt.optim.world import World
-from fishopt.passes import WAYS, Coverage, Diagonal, Shadow
+from fishopt.optim.world import World, group_of
+from fishopt.passes import WAYS, Coverage, Diagonal, Shadow, unwrapped
 from fishopt.selection import PAPER, Choice, choose
 
 SELECTION_INPUTS = 8
@@ -104,20 +105,25 @@ class Curvature:
             RuntimeError: If too many refreshes in a row have failed.
         """
         start = time.perf_counter()
-        world, attempt = World(record.group), Attempt()
+        check_whole(self._model)  # it may have been sharded since
+        group = record.group if record.group is not None else group_of(self._model)
+        world, attempt = World(group, next(self._model.parameters()).device), Attempt()
         generator = world.generator(self._generator)
         try:
-            # The processes meet three times, at the choice, the sums and the mean, whatever has failed on one of them.
+            # The processes meet at the seed, the choice, the sums and the mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
             residuals = attempt(lambda: self._residuals(training.at_output))
             self._select(units, wanted, step, world, attempt, some)
-            part = self._part(units, wanted, generator, attempt, some, residuals)
-            found = self._merged(part, residuals, record, training, world)
+            members = self._members(units, wanted)
+            part = self._part(members, generator, attempt, some, residuals)
+            totals, found = self._merged(members, part, residuals, record, training, world)
+            if found is None:
+                attempt.agree(world.first)
         finally:
             self.seconds += time.perf_counter() - start
         if attempt.error is not None:
             self._shadow = None  # it may have been left in the middle of a pass
-        self.failures = self.failures.after(attempt.error, failed=found is None)
+        self.failures = self.failures.after(attempt.error, failed=world.size - round(totals.parts), of=world.size)
         return found
 
     def estimator_of(self, unit: str, wanted: dict[str, str]) -> str:
@@ -175,20 +181,23 @@ class Curvature:
         batch = some.batch(max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1))))
         return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
 
+    def _members(self, units: Groups, wanted: dict[str, str]) -> dict[str, list[str]]:
+        """Estimator -> the parameters that it is for."""
+        members: dict[str, list[str]] = defaultdict(list)
+        for unit, names in units.items():
+            if wanted[unit] != "auto" or unit in self.choices:
+                members[self.estimator_of(unit, wanted)].extend(names)
+        return members
+
     def _part(
         self,
-        units: Groups,
-        wanted: dict[str, str],
+        members: dict[str, list[str]],
         generator: torch.Generator,
         attempt: Attempt,
         some: SubBatch | None,
         residuals: Tensor | None,
     ) -> Part | None:
         """This process's estimate, from half of the inputs if there is not the memory for all."""
-        members: dict[str, list[str]] = defaultdict(list)
-        for unit, names in units.items():
-            if wanted[unit] != "auto" or unit in self.choices:
-                members[self.estimator_of(unit, wanted)].extend(names)
         for _ in range(2):
             part = attempt(lambda some=some: self._estimated(some, members, generator, residuals))  # type: ignore[misc]
             if part is not None or some is None or not attempt.forgive_lack_of_memory():
@@ -211,41 +220,52 @@ class Curvature:
         """
         assert some is not None
         batch = some.batch()
-        self._notice(batch.coverage)
         plan = by_structure(members, batch.structure, batch.coverage)
         diagonal = estimate(batch, plan, Draw(1, generator, residuals=some.of(residuals), exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             raise NonFiniteError("the estimate is NaN or infinite")
+        self._notice(batch.coverage)  # of a network that puts out NaN it would say the worst
         counted = some.counted
         per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
         return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)
 
     def _merged(
-        self, part: Part | None, residuals: Tensor | None, record: Record, training: Training, world: World
-    ) -> Estimate | None:
+        self,
+        members: dict[str, list[str]],
+        part: Part | None,
+        residuals: Tensor | None,
+        record: Record,
+        training: Training,
+        world: World,
+    ) -> tuple[Totals, Estimate | None]:
         """The processes' estimates as one."""
-        device = next(self._model.parameters()).device
-        numbers = [0.0, 0.0, 0.0, 0.0] if part is None else part.numbers(record.count)
+        names = [name for listed in members.values() for name in listed]
         noise = squares(self._likelihood, residuals if self.estimates_noise else None)
-        weight, trained_on, width, votes, *squared = world.sums([*numbers, *noise], device)
-        if not weight:
-            return None
-        diagonal = world.mean(None if part is None else part.diagonal, numbers[0] / weight)
+        own = Totals.of(part, record.count, self._multiple(record, world), noise)
+        unreached = [float(part is not None and self._ways.get(name) == "none") for name in names]
+        sums = world.sums([*own, *unreached])
+        totals = Totals(*sums[: len(own)])
+        if not totals.parts:
+            return totals, None
+        parameters = dict(unwrapped(self._model).named_parameters())
+        share = own.observations / totals.observations
+        diagonal = world.mean(part and part.diagonal, {name: parameters[name] for name in names}, share)
         if self.estimates_noise:
-            self.noise = self.noise.after(*squared)
+            self.noise = self.noise.after(totals.squares, totals.residuals)
+        scale = self._likelihood.gradient_scale(totals.batch_size, round(totals.width / totals.parts))
         moment = Moment(
-            batch_size=round(trained_on),
-            scale=self._likelihood.gradient_scale(round(trained_on), round(width / votes))
-            * self._multiple(record, world),
+            batch_size=totals.batch_size,
+            scale=scale * totals.multiple / world.size,
             dispersion=self.noise.dispersion if self.estimates_noise else 1.0,
         )
-        self._fill_in(diagonal, training, moment)
-        return Estimate(diagonal, moment)
+        nowhere = [count == totals.parts for count in sums[len(own) :]]
+        self._fill_in(diagonal, compress(names, nowhere), training, moment)
+        return totals, Estimate(diagonal, moment)
 
-    def _fill_in(self, diagonal: Diagonal, training: Training, moment: Moment) -> None:
+    def _fill_in(self, diagonal: Diagonal, names: Iterable[str], training: Training, moment: Moment) -> None:
         """Of parameters that the output does not depend on, what Adam would take for the gradient's second moment."""
         unit = moment.batch_size / (moment.scale**2 * max(moment.dispersion, TINY))
-        for name in [name for name in diagonal if self._ways.get(name) == "none"]:
+        for name in names:
             gradient = training.of(name)
             if gradient is None:  # nor does the loss
                 del diagonal[name]
@@ -315,18 +335,6 @@ class Curvature:
 
 def _lack_of_memory() -> None:
     raise MemoryError("there is not the memory for half of the inputs")
-
-
-def training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
-    """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
-
-    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
-    an Adam-like step would stall.
-    """
-    family = as_likelihood(likelihood)
-    if isinstance(family, Gaussian) and family.variance == "estimated":
-        return family.with_variance(1.0), True
-    return family, isinstance(likelihood, nn.MSELoss)
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -58,6 +58,41 @@ class Part(NamedTuple):
     per_input: float
     width: int
 
-    def numbers(self, inputs: int) -> list[float]:
-        """What is summed over processes: observations used and trained on, width, and how many processes there are."""
-        return [float(self.observations), inputs * self.per_input, float(self.width), 1.0]
+
+class Totals(NamedTuple):
+    """What is known of a refresh before the estimates are, summed over the processes.
+
+    Attributes:
+        observations: Observations that the estimates are means over.
+        trained_on: Observations in the training batches of the processes that have an estimate.
+        width: Natural parameters of one observation.
+        parts: Processes that have an estimate.
+        inputs: Inputs in these processes' training batches.
+        everyones: Inputs in all processes' training batches.
+        multiple: The training gradient as a multiple of that of the loss on all that was trained on.
+        squares: Squared residuals, in units of the variance that the likelihood assumes.
+        residuals: How many these are.
+    """
+
+    observations: float
+    trained_on: float
+    width: float
+    parts: float
+    inputs: float
+    everyones: float
+    multiple: float
+    squares: float
+    residuals: float
+
+    @classmethod
+    def of(cls, part: Part | None, inputs: int, multiple: float, residuals: tuple[float, float]) -> Self:
+        """This process's share of the sums."""
+        if part is None:
+            return cls(0.0, 0.0, 0.0, 0.0, 0.0, float(inputs), multiple, *residuals)
+        trained_on = inputs * part.per_input
+        return cls(part.observations, trained_on, part.width, 1.0, inputs, inputs, multiple, *residuals)
+
+    @property
+    def batch_size(self) -> int:
+        """Observations trained on; a process without an estimate is taken to have as many per input as the others."""
+        return round(self.trained_on * self.everyones / self.inputs)

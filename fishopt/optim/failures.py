@@ -43,6 +43,17 @@ class Attempt:
             self.error = None
         return lacked
 
+    def agree(self, first: Callable[[str | None], str | None]) -> None:
+        """Takes over what stops training on another process, so that it stops on all of them.
+
+        Args:
+            first: Tells what the first process said that said something.
+        """
+        goes_on = self.error is None or _may_pass(self.error)
+        told = first(None if goes_on else str(self.error))
+        if goes_on and told is not None:
+            self.error = RuntimeError(f"{told} (on another process)")
+
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a device or on the CPU."""
@@ -64,8 +75,13 @@ class Failures(NamedTuple):
     in_a_row: int = 0
     has_succeeded: bool = False
 
-    def after(self, error: Exception | None, *, failed: bool) -> Self:
+    def after(self, error: Exception | None, *, failed: int, of: int = 1) -> Self:
         """The same after one more.
+
+        Args:
+            error: What happened on this process.
+            failed: Processes that have no estimate; the others' is used, if there are any.
+            of: All processes.
 
         Raises:
             Exception: ``error``, if nothing has ever succeeded and it is not a matter of numbers or memory: then
@@ -74,18 +90,25 @@ class Failures(NamedTuple):
         """
         if not failed:
             return self._replace(in_a_row=0, has_succeeded=True)
-        if error is not None and not self.has_succeeded and not _may_pass(error):
+        everywhere = failed == of
+        if everywhere and error is not None and not self.has_succeeded and not _may_pass(error):
             raise error
         what = "came out NaN or infinite (inputs, output or estimate)" if error is None else f"failed: {error}"
         if isinstance(error, NonFiniteError):
             what = f"came out NaN or infinite: {error}"
+        if not everywhere:
+            what = (
+                f"failed on {failed} of {of} processes" if error is None else f"{what} (on {failed} of {of} processes)"
+            )
         if self.total == 0:
+            kept = "The last good estimate stays in use" if everywhere else "The other processes' estimate is used"
             warnings.warn(
-                f"a curvature refresh {what}. The last good estimate stays in use; further failures are counted in "
-                "report() without a warning.",
+                f"a curvature refresh {what}. {kept}; further failures are counted in report() without a warning.",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        if not everywhere:
+            return self._replace(total=self.total + 1, in_a_row=0, has_succeeded=True)
         after = self._replace(total=self.total + 1, in_a_row=self.in_a_row + 1)
         if after.in_a_row >= MAX_FAILURES:
             raise RuntimeError(

@@ -58,6 +58,8 @@ class DiagonalNGD(FisherOptimizer):
         TypeError: If an argument is of the wrong kind.
     """
 
+    _scalars = ("peak",)
+
     def __init__(
         self,
         model: nn.Module,

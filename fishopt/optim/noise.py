@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fishopt.likelihoods import Likelihood
+from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
 
 NOISE_DECAY = 0.9
 """Decay rate, per refresh, of the moving average."""
@@ -53,3 +53,15 @@ def squares(likelihood: Likelihood, residuals: Tensor | None) -> tuple[float, fl
         return 0.0, 0.0
     total = (residuals.square() / likelihood.covariance_diagonal(residuals)).sum()
     return float(total), float(residuals.numel())
+
+
+def training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
+    """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
+
+    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
+    an Adam-like step would stall.
+    """
+    family = as_likelihood(likelihood)
+    if isinstance(family, Gaussian) and family.variance == "estimated":
+        return family.with_variance(1.0), True
+    return family, isinstance(likelihood, nn.MSELoss)

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from fishopt.likelihoods import Likelihood
+from fishopt.optim.world import group_of
 from fishopt.passes import Arguments
 
 MAX_KEPT = 2**24
@@ -48,6 +49,13 @@ class Record:
         self.count = self.count or self.inputs.count
         self.recent = self.recent or self.inputs.count
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "group": self.group is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
+        vars(self).update(state, group=dist.group.WORLD if state["group"] and dist.is_initialized() else None)
+
     def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
         mine, others = self.inputs.leaves, inputs.leaves
@@ -77,7 +85,7 @@ def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Recor
         gradient=_cat([one.gradient for one in alike]),
         counted=_cat([one.counted for one in alike]),
         factor=torch.stack(factors).mean() if len(factors) == len(records) else None,
-        group=last.group,
+        group=next((one.group for one in reversed(records) if one.group is not None), None),
     )
 
 
@@ -146,7 +154,7 @@ class Recorder:
         trained = [x for x in tree_leaves(self._natural(output)) if isinstance(x, Tensor) and x.requires_grad]
         if not trained:
             return
-        record = Record(Arguments(args, kwargs), group=_processes(module))
+        record = Record(Arguments(args, kwargs), group=group_of(module))
         self._untrained = record
         trained[0].register_hook(partial(self._backward, record))
 
@@ -211,11 +219,6 @@ class LossHook:
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()
-
-
-def _processes(module: nn.Module) -> Any:
-    wrapper = module if isinstance(module, DistributedDataParallel) else DistributedDataParallel._active_ddp_module
-    return None if wrapper is None else wrapper.process_group
 
 
 def _kinds(record: Record) -> list[Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fishopt.optim.averages import precision
 from fishopt.passes import Diagonal
 
 T = TypeVar("T")
@@ -19,19 +23,25 @@ class World:
 
     Args:
         group: The process group of `torch.nn.parallel.DistributedDataParallel`, or None.
+        device: Where the processes exchange tensors.
     """
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = group, device
         self.size: int = dist.get_world_size(group) if group is not None else 1
         self.rank: int = dist.get_rank(group) if group is not None else 0
 
     def generator(self, shared: torch.Generator) -> torch.Generator:
-        """This process's own source of randomness, from one that stands alike in all of them."""
+        """This process's own source of randomness.
+
+        From the first process's, which alone decides: a run that is resumed from its checkpoint goes on as it would
+        have, even where each process started from another seed.
+        """
         if self.size == 1:
             return shared
-        seed = int(torch.randint(2**62, (), generator=shared, device=shared.device))
-        return torch.Generator(shared.device).manual_seed(seed + self.rank)
+        seed = torch.randint(2**62, (1,), generator=shared, device=shared.device).to(self._device)
+        dist.broadcast(seed, dist.get_global_rank(self._group, 0), group=self._group)
+        return torch.Generator(shared.device).manual_seed(int(seed) + self.rank)
 
     def first(self, value: T | None) -> T | None:
         """The value of the first process that has one."""
@@ -41,40 +51,62 @@ class World:
         dist.all_gather_object(values, value, group=self._group)
         return next((x for x in values if x is not None), None)
 
-    def sums(self, numbers: list[float], device: torch.device) -> list[float]:
+    def sums(self, numbers: list[float]) -> list[float]:
         """Each number summed over the processes."""
         if self.size == 1:
             return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         dist.all_reduce(total, group=self._group)
-        return [float(x) for x in total]
+        return total.tolist()
 
-    def mean(self, diagonal: Diagonal | None, weight: float) -> Diagonal:
+    def mean(self, diagonal: Diagonal | None, params: Mapping[str, Tensor], weight: float) -> Diagonal:
         """The weighed mean of the processes' diagonals.
 
         Args:
             diagonal: This one's; None if it has none.
+            params: The parameters that any process has an estimate of, in the order that all have them in.
             weight: This one's share, all shares adding up to 1.
         """
         if self.size == 1:
             assert diagonal is not None
             return diagonal
-        kinds = None if diagonal is None else {name: (x.shape, x.dtype) for name, x in diagonal.items()}
-        agreed = self.first(kinds)
-        assert agreed is not None
-        device = self._device(diagonal)
         found: Diagonal = {}
-        for dtype in dict.fromkeys(dtype for _, dtype in agreed.values()):
-            shapes = {name: shape for name, (shape, own) in agreed.items() if own == dtype}
-            flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)
+        for dtype in dict.fromkeys(map(precision, params.values())):
+            alike = {name: p for name, p in params.items() if precision(p) == dtype}
+            sizes = [p.numel() for p in alike.values()]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=self._device)
             if diagonal is not None:
-                torch.cat([diagonal[name].reshape(-1) for name in shapes], out=flat).mul_(weight)
+                torch._foreach_copy_(list(flat.split(sizes)), [diagonal[name].reshape(-1) for name in alike])
+                flat.mul_(weight)
             dist.all_reduce(flat, group=self._group)
-            parts = flat.split([shape.numel() for shape in shapes.values()])
-            found.update({name: x.reshape(shapes[name]) for name, x in zip(shapes, parts, strict=True)})
-        return found
+            parts = zip(alike.items(), flat.split(sizes), strict=True)
+            found.update({name: x.view(p.shape) for (name, p), x in parts})
+        return {name: found[name] for name in params}
 
-    def _device(self, diagonal: Diagonal | None) -> torch.device:
-        if diagonal:
-            return next(iter(diagonal.values())).device
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+def group_of(model: nn.Module) -> Any:
+    """The processes that train a model which is being called, or has just been; None if this one does alone.
+
+    Raises:
+        RuntimeError: If some of them may stop before others, which would leave these waiting.
+    """
+    wrapper = _data_parallel(model) or DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return None
+    joins = wrapper._join_config
+    if joins.enable and not joins.throw_on_early_termination:
+        raise RuntimeError(
+            "model.join() is on: curvature needs all processes, and would wait for those that have run out of inputs; "
+            "give each process the same number of batches, as DistributedSampler does, or pass "
+            "throw_on_early_termination=True"
+        )
+    return wrapper.process_group
+
+
+def _data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)  # by torch.compile
+        if inner is None:
+            return None
+        model = inner
+    return model
