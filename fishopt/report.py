@@ -60,7 +60,8 @@ class Report:
         criterion: How ``"auto"`` chooses.
         rows: One `Row` for each unit of choice.
         steps: Steps taken.
-        failures: Refreshes that came out NaN or infinite and were passed over.
+        failures: Refreshes that failed, or came out NaN or infinite, and were passed over.
+        skipped: Steps that were not made, because gradients were NaN or infinite.
         curvature_share: Time spent on curvature over all time from the first step to the last.
         history: For each selection its step and its choices, as dicts.
     """
@@ -70,6 +71,7 @@ class Report:
     rows: list[Row]
     steps: int
     failures: int
+    skipped: int
     curvature_share: float
     history: list[dict[str, Any]]
 
@@ -89,7 +91,8 @@ class Report:
             table.add_row(*cells)
         text = StringIO()
         console = Console(file=text, width=max(100, shutil.get_terminal_size(fallback=(140, 24)).columns))
-        console.print(table, f"curvature: {self.curvature_share:.1%} of the time; failed refreshes: {self.failures}")
+        failed = f"failed refreshes: {self.failures}; steps skipped for their gradients: {self.skipped}"
+        console.print(table, f"curvature: {self.curvature_share:.1%} of the time; {failed}")
         return text.getvalue()
 
     def plot(self, path: str | Path) -> Path:
