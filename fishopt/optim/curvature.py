@@ -210,11 +210,11 @@ class Curvature:
             NonFiniteError: If it comes out NaN or infinite.
         """
         batch = some.batch()
-        self._notice(batch.coverage)
         plan = by_structure(members, batch.structure, batch.coverage)
         diagonal = estimate(batch, plan, Draw(1, generator, residuals=some.of(residuals), exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             raise NonFiniteError("the estimate is NaN or infinite")
+        self._notice(batch.coverage)  # not before: NaNs spoil the look at which ways are right
         counted = some.counted
         per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
         return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)

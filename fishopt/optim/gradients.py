@@ -43,7 +43,7 @@ class Skipped(NamedTuple):
                 f"the gradient of {listed} is NaN or infinite. The step is skipped, parameters and averages stay as "
                 "they are; further ones are counted in report() without a warning.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
         after = self._replace(total=self.total + 1, in_a_row=self.in_a_row + 1)
         if after.in_a_row >= MAX_SKIPPED:
