@@ -58,6 +58,11 @@ def _step(model, optimizer, step, loss="ce", spoil=lambda x, y: None, before=lam
     optimizer.step()
 
 
+def _steps(model, optimizer, steps):
+    for step in steps:
+        _step(model, optimizer, step)
+
+
 def _kept(model, optimizer):
     """Parameters, averages and preconditioners."""
     state = [{k: v for k, v in s.items() if k != "step"} for s in optimizer.state.values()]
@@ -130,7 +135,7 @@ def test_many_such_steps_in_a_row_stop_training(kind, after):
     for _ in range(MAX_SKIPPED - 1):
         _step(model, optimizer, 0, before=lambda: bad(model))
     before = _kept(model, optimizer)
-    with pytest.raises(RuntimeError, match="10 steps in a row were skipped.*'last.weight'.*Lower lr"):
+    with pytest.raises(RuntimeError, match=r"10 steps in a row were skipped.*'last.weight'.*Lower lr"):
         _step(model, optimizer, 0, before=lambda: bad(model))
     assert _kept(model, optimizer) == before
     _step(model, optimizer, 0)  # whoever catches it may go on
@@ -210,9 +215,8 @@ def test_a_refresh_with_bad_numbers_in_the_middle(kind, what, monkeypatch):
     before, refreshes = [p.detach().clone() for p in model.parameters()], optimizer.report().rows[0].refreshes
     with monkeypatch.context() as patch:
         REFRESHES[what](model, patch)
-        with pytest.warns(RuntimeWarning, match="NaN or infinite.*The last good estimate stays in use") as caught:
-            for step in range(12, 15):
-                _step(model, optimizer, step)
+        with pytest.warns(RuntimeWarning, match=r"NaN or infinite.*The last good estimate stays in use") as caught:
+            _steps(model, optimizer, range(12, 15))
     assert len(caught) == 1
     for p, old, kept in zip(model.parameters(), before, preconditioners, strict=True):
         assert torch.equal(optimizer.state[p]["preconditioner"], kept)
@@ -235,14 +239,12 @@ def test_a_refresh_with_bad_numbers_at_the_first_step(kind, what, monkeypatch):
     with monkeypatch.context() as patch:
         REFRESHES[what](model, patch)
         with pytest.warns(RuntimeWarning, match="There is none yet: parameters stay as they are until") as caught:
-            for step in range(3):
-                _step(model, optimizer, step)
+            _steps(model, optimizer, range(3))
     assert len(caught) == 1
     assert all(map(torch.equal, before, model.parameters()))
     assert optimizer.report().failures == 3
     model.in_eval = None
-    for step in range(3, 6):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(3, 6))
     assert not any(map(torch.equal, before, model.parameters()))
     assert [optimizer.state[p]["step"] for p in model.parameters()] == [3] * 4
 
@@ -256,10 +258,9 @@ def test_bad_numbers_refresh_after_refresh_stop_training(kind, after, what, monk
     REFRESHES[what](model, monkeypatch)
     with pytest.warns(RuntimeWarning, match="NaN or infinite"):
         _step(model, optimizer, after)
-    for step in range(after + 1, after + MAX_FAILURES - 1):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(after + 1, after + MAX_FAILURES - 1))
     before = _kept(model, optimizer)
-    with pytest.raises(RuntimeError, match="10 curvature refreshes in a row.*NaN or infinite.*Lower lr"):
+    with pytest.raises(RuntimeError, match=r"10 curvature refreshes in a row.*NaN or infinite.*Lower lr"):
         _step(model, optimizer, 99)
     assert _kept(model, optimizer) == before
 
@@ -269,8 +270,7 @@ def test_a_layer_that_is_added_while_refreshes_fail_waits(kind):
     """The others are trained meanwhile, and every step looks for an estimate."""
     model, optimizer = _start(kind, refresh_every=1000)
     optimizer = kind(model, LOSSES["ce"], params=model.first.parameters(), refresh_every=1000)
-    for step in range(12):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(12))
     optimizer.add_param_group({"params": model.last.parameters()})
     old = [p.detach().clone() for p in model.parameters()]
     model.in_eval = _spoil_eval(math.nan)
@@ -332,14 +332,12 @@ def test_without_the_memory_for_any_refresh_training_goes_on(kind, error):
     model, optimizer = _start(kind, steps=12)
     before = [p.detach().clone() for p in model.parameters()]
     model.in_eval = Small(0, error)
-    with pytest.warns(RuntimeWarning, match="refresh failed: .*The last good estimate stays in use") as caught:
-        for step in range(12, 15):
-            _step(model, optimizer, step)
+    with pytest.warns(RuntimeWarning, match=r"refresh failed: .*The last good estimate stays in use") as caught:
+        _steps(model, optimizer, range(12, 15))
     assert len(caught) == 1
     assert optimizer.report().failures == 3
     assert not any(map(torch.equal, before, model.parameters()))
-    for step in range(15, 12 + MAX_FAILURES - 1):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(15, 12 + MAX_FAILURES - 1))
     with pytest.raises(RuntimeError, match="10 curvature refreshes in a row") as raised:
         _step(model, optimizer, 99)
     assert is_lack_of_memory(raised.value.__cause__)
@@ -379,7 +377,7 @@ def _selecting(monkeypatch, most, error):
 @of_memory
 def test_without_the_memory_for_a_selection_fewer_inputs_choose(kind, error, monkeypatch):
     sizes = _selecting(monkeypatch, 2, error)
-    model, optimizer = _start(kind, steps=1)
+    _, optimizer = _start(kind, steps=1)
     assert sizes == [8, 4, 2]
     assert optimizer.report().failures == 0
     assert "bound on" in optimizer.report().rows[0].reason
@@ -395,13 +393,11 @@ def test_without_the_memory_for_any_selection_training_goes_on(kind, error, monk
         model, optimizer = _start(kind, steps=3)
         assert sizes == [8, 4, 2, 1]
         assert [(row.estimator, row.reason) for row in optimizer.report().rows] == [("I1", NO_MEMORY)] * 2
-    for step in range(3, 34):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(3, 34))
     chosen = optimizer.report().rows
     assert "bound on" in chosen[0].reason
     sizes = _selecting(monkeypatch, 0, error)
-    for step in range(34, 70):
-        _step(model, optimizer, step)
+    _steps(model, optimizer, range(34, 70))
     assert sizes == [8, 4, 2, 1]
     assert [row.reason for row in optimizer.report().rows] == [row.reason for row in chosen]
     assert optimizer.report().failures == 0
@@ -455,7 +451,7 @@ def test_an_error_in_the_model_at_the_first_refresh_is_told(kind, error):
     model.in_eval = _raising(error)
     before = _kept(model, optimizer)
     for _ in range(2):
-        with pytest.raises(ValueError, match="model could not be run.*mine") as raised:
+        with pytest.raises(ValueError, match=r"model could not be run.*mine") as raised:
             _step(model, optimizer, 0)
         assert raised.value.__cause__ is error
     assert _kept(model, optimizer) == before
@@ -469,18 +465,16 @@ def test_an_error_in_the_model_later_is_survived(kind):
     model, optimizer = _start(kind, steps=12)
     before = [p.detach().clone() for p in model.parameters()]
     model.in_eval = _raising(ZeroDivisionError("mine"))
-    with pytest.warns(RuntimeWarning, match="mine.*The last good estimate stays in use") as caught:
-        for step in range(12, 15):
-            _step(model, optimizer, step)
+    with pytest.warns(RuntimeWarning, match=r"mine.*The last good estimate stays in use") as caught:
+        _steps(model, optimizer, range(12, 15))
     assert len(caught) == 1
     assert not any(map(torch.equal, before, model.parameters()))
     model.in_eval = None
     _step(model, optimizer, 15)
     assert optimizer._curvature.failures == (3, 0, True)
     model.in_eval = _raising(ZeroDivisionError("mine"))
-    for step in range(MAX_FAILURES - 1):
-        _step(model, optimizer, step)
-    with pytest.raises(RuntimeError, match="10 curvature refreshes in a row.*mine") as raised:
+    _steps(model, optimizer, range(MAX_FAILURES - 1))
+    with pytest.raises(RuntimeError, match=r"10 curvature refreshes in a row.*mine") as raised:
         _step(model, optimizer, 0)
     assert "mine" in str(raised.value.__cause__)
 
