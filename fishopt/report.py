@@ -77,7 +77,8 @@ class Report:
         criterion: How ``"auto"`` chooses.
         rows: One `Row` for each unit of choice.
         steps: Steps taken.
-        failures: Refreshes that came out NaN or infinite and were passed over.
+        failures: Refreshes that failed, or came out NaN or infinite, and were passed over.
+        skipped: Steps that were not made, because gradients were NaN or infinite.
         curvature_share: Time spent on curvature over all time from the first step to the last.
         history: For each selection its step and its choices, as dicts.
     """
@@ -87,6 +88,7 @@ class Report:
     rows: list[Row]
     steps: int
     failures: int
+    skipped: int
     curvature_share: float
     history: list[dict[str, Any]]
 
@@ -106,7 +108,8 @@ class Report:
             table.add_row(*cells, row.shown_ways, row.reason)
         text = StringIO()
         console = Console(file=text, width=max(100, shutil.get_terminal_size(fallback=(140, 24)).columns))
-        console.print(table, f"curvature: {self.curvature_share:.1%} of the time; failed refreshes: {self.failures}")
+        failed = f"failed refreshes: {self.failures}; steps skipped for their gradients: {self.skipped}"
+        console.print(table, f"curvature: {self.curvature_share:.1%} of the time; {failed}")
         taken = {way for row in self.rows for way in row.ways.values()}
         for way in (way for way in WAYS if way in taken):
             console.print(f"way {way!r}: by {WAYS[way]}")

@@ -19,10 +19,11 @@ from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unsca
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
+from fishopt.optim.checkpoint import VERSION, identity, read, restore_precision, told_if_damaged
 from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
+from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
 from fishopt.optim.noise import training_likelihood
 from fishopt.optim.portable import from_copy, is_trial, make_room, with_copy
 from fishopt.optim.recorder import Record, Recorder
@@ -75,6 +76,7 @@ class FisherOptimizer(Copyable, ABC):
         self._refresh_every = refresh_every
         self._steps = 0
         self._is_fresh = False
+        self._skipped = Skipped()
         self._plan: Plan | None = None
         self._moment = Moment(1, 1.0, 1.0)
         self._seconds = 0.0
@@ -115,15 +117,15 @@ class FisherOptimizer(Copyable, ABC):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refreshes the curvature if it is due, then updates the parameters.
 
-        All or nothing: an exception or KeyboardInterrupt within leaves parameters and state as they were before, or as
-        they are after the step.
+        A step whose gradients are NaN or infinite is skipped. All or nothing: an exception or KeyboardInterrupt within
+        leaves parameters and state as they were before, or as they are after the step.
 
         Args:
             closure: Evaluates the model and returns the loss, as with torch.optim.
 
         Raises:
             ValueError: If a refresh is due and the model was not called yet, or not with tensors alone.
-            RuntimeError: If a gradient is sparse, or refresh after refresh comes out NaN or infinite.
+            RuntimeError: If a gradient is sparse, or gradients or refreshes are NaN or infinite ten times in a row.
         """
         if not self.state and is_trial(self.param_groups):
             make_room(self, self._scalars)
@@ -133,8 +135,7 @@ class FisherOptimizer(Copyable, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
-        if has_overflowed(self):
+        if not self._can_step():
             self._recorder.start_anew()
             return loss
         with Transaction() as transaction:
@@ -146,6 +147,7 @@ class FisherOptimizer(Copyable, ABC):
             self._is_fresh = False
             self._update(self._planned().buckets)
             self._steps += 1
+            self._skipped = self._skipped.after_a_step()
             self._recorder.start_anew()
             self._seconds = time.perf_counter() - started
         return loss
@@ -207,9 +209,11 @@ class FisherOptimizer(Copyable, ABC):
         """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
         state = super().state_dict()
         state["fishopt"] = {
-            **self._identity(),
+            "version": VERSION,
+            **identity(self, self._name_of),
             "steps": self._steps,
             "is_fresh": self._is_fresh,
+            "skipped": list(self._skipped),
             "moment": list(self._moment),
             "seconds": self._seconds,
             "curvature": self._curvature.state_dict(),
@@ -217,20 +221,27 @@ class FisherOptimizer(Copyable, ABC):
         return with_copy(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, for a model of the same parameters.
+        """Loads what `state_dict` returned, of this fishopt or an older one; all of it or nothing.
 
         Raises:
-            ValueError: If the state is of another kind of optimizer or of another model; nothing is changed then.
+            ValueError: If it is another kind of optimizer's, another model's, or a newer fishopt's, or is damaged.
         """
-        state_dict = from_copy(state_dict)
-        own = refuse_another(state_dict, self._identity())
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
-        restore_precision(state_dict, self.param_groups, self.state)
-        self._steps, self._plan = own["steps"], None
-        self._is_fresh = own["is_fresh"]
-        self._moment = Moment(*own["moment"])
-        self._seconds, self._started = own["seconds"], None
-        self._curvature.load_state_dict(own["curvature"])
+        before = dict(vars(self))
+        with told_if_damaged(), Transaction() as transaction:
+            state_dict = from_copy(state_dict)
+            own = read(state_dict, identity(self, self._name_of))
+            transaction.on_failure(self._curvature.restorer())
+            transaction.on_failure(lambda: vars(self).update(before))
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
+            restore_precision(state_dict, self.param_groups, self.state)
+            for group in self.param_groups:
+                group.update(self.defaults | group)  # for what a file of an older version lacks
+            self._steps, self._plan = own["steps"], None
+            self._is_fresh, self._skipped = own["is_fresh"], Skipped(*own["skipped"])
+            self._moment = Moment(*own["moment"])
+            self._seconds, self._started = own["seconds"], None
+            self._curvature.load_state_dict(own["curvature"])
+            transaction.commit()
         self._recorder.wants_gradient = self._wants_gradient()
 
     def report(self) -> Report:
@@ -256,6 +267,7 @@ class FisherOptimizer(Copyable, ABC):
             rows=rows,
             steps=self._steps,
             failures=self._curvature.failures.total,
+            skipped=self._skipped.total,
             curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
             history=list(self._curvature.history),
         )
@@ -318,13 +330,16 @@ class FisherOptimizer(Copyable, ABC):
             self._plan = plan(members, self.state)
         return self._plan
 
-    def _refuse_sparse_gradients(self) -> None:
-        for _, params in with_gradient(self.param_groups):
-            for p in params:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
-                    )
+    def _can_step(self) -> bool:
+        """Whether all gradients are finite; a GradScaler has looked already."""
+        members = with_gradient(self.param_groups)
+        refuse_sparse(members, self._name_of)
+        if getattr(self, "found_inf", None) is not None:
+            return not has_overflowed(self)
+        bad = not_finite(members, self._name_of)
+        if bad:
+            self._skipped = self._skipped.after(bad)
+        return not bad
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -341,10 +356,3 @@ class FisherOptimizer(Copyable, ABC):
 
     def _wants_gradient(self) -> bool:
         return self._curvature.estimates_noise or any(g["estimator"] == "empirical" for g in self.param_groups)
-
-    def _identity(self) -> Identity:
-        return {
-            "optimizer": type(self).__name__,
-            "names": [[self._name_of[p] for p in group["params"]] for group in self.param_groups],
-            "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
-        }

@@ -1,10 +1,12 @@
-"""Whether a checkpoint belongs to an optimizer: by its kind, and by the names and shapes of its parameters."""
+"""Checkpoints: whether one belongs to an optimizer, and how those of older versions are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fishopt.optim.averages import precision
@@ -13,15 +15,67 @@ Identity = dict[str, Any]
 """``"optimizer"``, and for each group ``"names"`` and ``"shapes"`` of its parameters."""
 
 
-def refuse_another(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
-    """The part of ``state_dict`` that is fishopt's own.
+def identity(optimizer: torch.optim.Optimizer, name_of: Mapping[Tensor, str]) -> Identity:
+    """The optimizer's own."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return {
+        "optimizer": type(optimizer).__name__,
+        "names": [[name_of[p] for p in params] for params in groups],
+        "shapes": [[list(p.shape) for p in params] for params in groups],
+    }
+
+
+VERSION = 2
+"""Of the layout of fishopt's part of a checkpoint; counted up with every change to it."""
+
+
+def _from_1(own: dict[str, Any]) -> dict[str, Any]:
+    """Fishopt 0.1.0, which kept neither a version nor whether a refresh had ever succeeded, and skipped no steps."""
+    curvature = own["curvature"]
+    has_succeeded = own["steps"] > 0 or own["is_fresh"]
+    failures = [*curvature["failures"], has_succeeded]
+    return {**own, "skipped": [0, 0], "curvature": {**curvature, "failures": failures}}
+
+
+OLDER: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""Version -> what makes the next one's layout of it."""
+
+
+@contextmanager
+def told_if_damaged() -> Iterator[None]:
+    """Says so if an entry is missing.
 
     Raises:
-        ValueError: If it is of another kind of optimizer, or of another model.
+        ValueError: If one is.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"state_dict lacks {error}: the file is damaged, or was edited; load another") from error
+
+
+def read(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
+    """The part of ``state_dict`` that is fishopt's own, in today's layout.
+
+    Raises:
+        ValueError: If it is of a newer version, of another kind of optimizer, or of another model.
     """
     own = state_dict.get("fishopt")
     if own is None:
         raise ValueError("state_dict has no entry 'fishopt'; pass the state_dict of a fishopt optimizer")
+    version = own.get("version", 1)
+    if version not in (*OLDER, VERSION):
+        raise ValueError(
+            f"state_dict has layout version {version!r}, and this fishopt reads up to {VERSION}; load it with the "
+            "fishopt that wrote it, or a newer one"
+        )
+    _refuse_another(own, here)
+    while version in OLDER:
+        own, version = OLDER[version](own), version + 1
+    return dict(own)
+
+
+def _refuse_another(own: dict[str, Any], here: Identity) -> None:
     if own["optimizer"] != here["optimizer"]:
         raise ValueError(f"state_dict is of {own['optimizer']}; load it into that, not into {here['optimizer']}")
     if [len(group) for group in own["names"]] != [len(group) for group in here["names"]]:
@@ -34,7 +88,6 @@ def refuse_another(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]
             raise ValueError(
                 f"state_dict is of another model: it has {_shown(theirs)} where this one has {_shown(mine)}"
             )
-    return dict(own)
 
 
 def restore_precision(

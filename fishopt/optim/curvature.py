@@ -39,6 +39,8 @@ CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson
 """What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
 
 
+NO_MEMORY = "no choice: there was not the memory to compute variances"
+
 WORSE = ("network", "rows", "pooled")
 """Ways that are slow, or noisy: taken with a warning."""
 
@@ -124,6 +126,7 @@ class Curvature:
         if attempt.error is not None:
             self._shadow = None  # it may have been left in the middle of a pass
         self.failures = self.failures.after(attempt.error, failed=world.size - round(totals.parts), of=world.size)
+        attempt.forget()
         return found
 
     def estimator_of(self, unit: str, wanted: dict[str, str]) -> str:
@@ -169,16 +172,19 @@ class Curvature:
         auto = {unit: names for unit, names in units.items() if wanted[unit] == "auto"}
         if not auto or (step < self._next_selection and auto.keys() <= self.choices.keys()):
             return
-        chosen = world.first(attempt(lambda: self._chosen(some, auto)))
+        chosen = attempt.with_less(lambda some: self._chosen(some, auto), some and some.first(SELECTION_INPUTS))
+        if chosen is None and attempt.forgive_lack_of_memory():
+            # The estimate itself may take less. Not tried again before the next selection is due.
+            chosen = [self.choices.get(unit) or Choice(unit, "I1", {}, NO_MEMORY) for unit in auto]
+        chosen = world.first(chosen)
         if chosen is not None:
             self.choices = {choice.group: choice for choice in chosen}
             self.history.append({"step": step, "choices": [asdict(choice) for choice in chosen]})
             self._next_selection = max(FIRST_INTERVAL, 2 * step)
 
-    def _chosen(self, some: SubBatch | None, auto: Groups) -> list[Choice]:
-        assert some is not None
+    def _chosen(self, some: SubBatch, auto: Groups) -> list[Choice]:
         size = sum(p.numel() for p in some.shadow.parameters.values())
-        batch = some.batch(max(1, min(SELECTION_INPUTS, SELECTION_ELEMENTS // max(size, 1))))
+        batch = some.first(max(1, SELECTION_ELEMENTS // max(size, 1))).batch()
         return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
 
     def _members(self, units: Groups, wanted: dict[str, str]) -> dict[str, list[str]]:
@@ -197,18 +203,12 @@ class Curvature:
         some: SubBatch | None,
         residuals: Tensor | None,
     ) -> Part | None:
-        """This process's estimate, from half of the inputs if there is not the memory for all."""
-        for _ in range(2):
-            part = attempt(lambda some=some: self._estimated(some, members, generator, residuals))  # type: ignore[misc]
-            if part is not None or some is None or not attempt.forgive_lack_of_memory():
-                return part
-            some = some.halved()
-        attempt(_lack_of_memory)
-        return None
+        """This process's estimate."""
+        return attempt.with_less(lambda some: self._estimated(some, members, generator, residuals), some)
 
     def _estimated(
         self,
-        some: SubBatch | None,
+        some: SubBatch,
         members: dict[str, list[str]],
         generator: torch.Generator,
         residuals: Tensor | None,
@@ -218,13 +218,12 @@ class Curvature:
         Raises:
             NonFiniteError: If it comes out NaN or infinite.
         """
-        assert some is not None
         batch = some.batch()
         plan = by_structure(members, batch.structure, batch.coverage)
         diagonal = estimate(batch, plan, Draw(1, generator, residuals=some.of(residuals), exact_up_to=0))
         if not _all_finite(list(diagonal.values())):
             raise NonFiniteError("the estimate is NaN or infinite")
-        self._notice(batch.coverage)  # of a network that puts out NaN it would say the worst
+        self._notice(batch.coverage)  # not before: NaNs spoil the look at which ways are right
         counted = some.counted
         per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
         return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)
@@ -309,11 +308,21 @@ class Curvature:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shadow": None}  # of the original's model; the copy makes its own
 
+    def _resume_draws(self, state: Tensor) -> None:
+        if state.shape == self._generator.get_state().shape:
+            self._generator.set_state(state)
+        else:
+            warnings.warn(
+                "state_dict was written on another kind of device: the run goes on with other random labels than there",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue bit for bit."""
         return {
             "generator": self._generator.get_state(),
-            "failures": [self.failures.total, self.failures.in_a_row],
+            "failures": list(self.failures),
             "seconds": self.seconds,
             "next_selection": self._next_selection,
             "noise": list(self.noise),
@@ -323,18 +332,13 @@ class Curvature:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self._generator.set_state(state["generator"].cpu())
-        total, in_a_row = state["failures"]
-        self.failures = Failures(total, in_a_row, has_succeeded=True)
+        self._resume_draws(state["generator"].cpu())
+        self.failures = Failures(*state["failures"])
         self.seconds = state["seconds"]
         self._next_selection = state["next_selection"]
         self.noise = Noise(*state["noise"])
         self.choices = {choice["group"]: Choice(**choice) for choice in state["choices"]}
         self.history = list(state["history"])
-
-
-def _lack_of_memory() -> None:
-    raise MemoryError("there is not the memory for half of the inputs")
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Self, TypeVar
 
 import torch
 
 from fishopt.batch import NonFiniteError
+from fishopt.optim.subbatch import SubBatch
 
 T = TypeVar("T")
 
@@ -36,11 +38,21 @@ class Attempt:
             self.error = error
             return None
 
+    def with_less(self, do: Callable[[SubBatch], T], some: SubBatch | None) -> T | None:
+        """What ``do`` returns for some inputs, or where there is not the memory for half of them, down to one."""
+        if some is None:
+            return None
+        found = self(partial(do, some))
+        while self.error is not None and len(some) > 1 and self.forgive_lack_of_memory():
+            some = some.first(-(-len(some) // 2))
+            found = self(partial(do, some))
+        return found
+
     def forgive_lack_of_memory(self) -> bool:
         """Whether there was not the memory for the last part; it may be tried again, with less, then."""
         lacked = self.error is not None and is_lack_of_memory(self.error)
         if lacked:
-            self.error = None
+            self.forget()
         return lacked
 
     def agree(self, first: Callable[[str | None], str | None]) -> None:
@@ -54,12 +66,26 @@ class Attempt:
         if goes_on and told is not None:
             self.error = RuntimeError(f"{told} (on another process)")
 
+    def forget(self) -> None:
+        """Lets go of the error, and of the frames that it keeps with all that the model was computing in them."""
+        error: BaseException | None = self.error
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+        self.error = None
 
-def is_lack_of_memory(error: Exception) -> bool:
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""In the messages of plain RuntimeErrors, from allocators of CPUs and from libraries on devices."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # A failure of the model may come wrapped in what says where.
+    of_torch = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return of_torch or (error.__cause__ is not None and is_lack_of_memory(error.__cause__))
 
 
 class Failures(NamedTuple):
@@ -101,7 +127,7 @@ class Failures(NamedTuple):
                 f"failed on {failed} of {of} processes" if error is None else f"{what} (on {failed} of {of} processes)"
             )
         if self.total == 0:
-            kept = "The last good estimate stays in use" if everywhere else "The other processes' estimate is used"
+            kept = self._meanwhile() if everywhere else "The other processes' estimate is used"
             warnings.warn(
                 f"a curvature refresh {what}. {kept}; further failures are counted in report() without a warning.",
                 RuntimeWarning,
@@ -116,6 +142,11 @@ class Failures(NamedTuple):
                 "bad inputs"
             ) from error
         return after
+
+    def _meanwhile(self) -> str:
+        if self.has_succeeded:
+            return "The last good estimate stays in use"
+        return f"There is none yet: parameters stay as they are until one of the next {MAX_FAILURES - 1} succeeds"
 
 
 def _may_pass(error: Exception) -> bool:

@@ -60,15 +60,17 @@ class SubBatch:
             raise NonFiniteError("no label of the batch counts")
         return cls(shadow, likelihood, inputs, rows[:most], record.counted)
 
-    def halved(self) -> Self:
-        """Half of them."""
-        return replace(self, rows=self.rows[: -(-len(self.rows) // 2)])
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, most: int) -> Self:
+        """At most so many of them."""
+        return replace(self, rows=self.rows[:most])
 
     def of(self, values: Tensor | None) -> Tensor | None:
         """What belongs to them."""
         return None if values is None else values[self.rows.to(values.device)]
 
-    def batch(self, most: int | None = None) -> Batch:
-        """A batch of them, or of the first ``most``."""
-        some = replace(self, rows=self.rows[:most])
-        return Batch(self.shadow, self.inputs.take(some.rows), self.likelihood, some.of(self.counted))
+    def batch(self) -> Batch:
+        """A batch of them."""
+        return Batch(self.shadow, self.inputs.take(self.rows), self.likelihood, self.of(self.counted))

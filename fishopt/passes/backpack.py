@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,10 @@ def pads_with_zeros(module: nn.Module) -> bool:
     return not isinstance(module, _ConvNd) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""BackPACK's context is one for all threads, as are filters of warnings."""
+
+
 class Chain:
     """The exact Hessian diagonal of a network that is a chain of modules which BackPACK knows.
 
@@ -125,7 +130,12 @@ class Chain:
         Raises:
             RuntimeError: Or an AssertionError, where BackPACK refuses on meeting some layouts and options.
         """
-        module = _extended(self._shadow)
+        with _ONE_AT_A_TIME:
+            return self._hessian_diagonal(_extended(self._shadow), inputs, names, cotangent, per_input=per_input)
+
+    def _hessian_diagonal(
+        self, module: nn.Module, inputs: Arguments, names: Sequence[str], cotangent: Tensor, *, per_input: bool
+    ) -> Diagonal:
         parameters = dict(module.named_parameters())
         for name, p in parameters.items():
             p.requires_grad_(name in names)

@@ -10,6 +10,7 @@ and of their squares, summed over inputs. A new way through the network is one s
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,12 +152,34 @@ class CoupledInputsError(ValueError):
 @contextmanager
 def quiet_fallbacks() -> Iterator[None]:
     """Without torch's warnings at operations that vmap takes one by one: that is known, and counted on."""
-    switch: Any = torch._C._functorch
-    switch._set_vmap_fallback_warning_enabled(False)
+    _quiet.enter()
     try:
         yield
     finally:
-        switch._set_vmap_fallback_warning_enabled(True)
+        _quiet.leave()
+
+
+class _Quiet:
+    """Torch's switch, one for all threads: off while any of them wants it so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def enter(self) -> None:
+        self._change(1)
+
+    def leave(self) -> None:
+        self._change(-1)
+
+    def _change(self, by: int) -> None:
+        switch: Any = torch._C._functorch
+        with self._lock:
+            self._inside += by
+            switch._set_vmap_fallback_warning_enabled(self._inside == 0)
+
+
+_quiet = _Quiet()
 
 
 @contextmanager

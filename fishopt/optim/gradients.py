@@ -1,0 +1,109 @@
+"""What a step makes sure of before it takes gradients: a NaN in one of them would end up in every parameter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fishopt.optim.averages import precision
+from fishopt.optim.buckets import Members
+
+MAX_SKIPPED = 10
+"""Steps in a row that may be skipped before training is stopped."""
+
+
+WHOLE = 2**16
+"""Entries up to which all of a gradient is looked at."""
+
+STRIDE = 61
+"""Of larger ones, each of so many entries: a prime, so that all columns of a matrix get their turn."""
+
+
+class Skipped(NamedTuple):
+    """Steps that were not made, because gradients were NaN or infinite.
+
+    Attributes:
+        total: All of them.
+        in_a_row: Those since the last step that was made.
+    """
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def after(self, bad: Sequence[str]) -> Self:
+        """The same after one more.
+
+        Args:
+            bad: The parameters with such gradients.
+
+        Raises:
+            RuntimeError: If there are too many in a row.
+        """
+        listed = ", ".join(map(repr, bad[:3])) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        if self.total == 0:
+            warnings.warn(
+                f"the gradient of {listed} is NaN or infinite. The step is skipped, parameters and averages stay as "
+                "they are; further ones are counted in report() without a warning.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        after = self._replace(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        if after.in_a_row >= MAX_SKIPPED:
+            raise RuntimeError(
+                f"{after.in_a_row} steps in a row were skipped, as gradients were NaN or infinite; the last time that "
+                f"of {listed}. Lower lr, or look for bad inputs, targets or parameters"
+            )
+        return after
+
+    def after_a_step(self) -> Self:
+        """The same after one that was made."""
+        return self._replace(in_a_row=0) if self.in_a_row else self
+
+
+def refuse_sparse(members: Members, name_of: Mapping[Tensor, str]) -> None:
+    """Raises for gradients that no step can take.
+
+    Raises:
+        RuntimeError: If one is sparse.
+    """
+    for _, params in members:
+        for p in params:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"the gradient of {name_of[p]!r} is sparse; build the module with sparse=False")
+
+
+def not_finite(members: Members, name_of: Mapping[Tensor, str]) -> list[str]:
+    """The names of the parameters whose gradients are NaN or infinite."""
+    grads = [p.grad for _, params in members for p in params if p.grad is not None]
+    if not grads or _are_finite(grads):
+        return []
+    listed = [p for _, params in members for p in params]
+    return [name_of[p] for p in listed if p.grad is not None and not p.grad.isfinite().all()]
+
+
+def _are_finite(grads: list[Tensor]) -> bool:
+    """By one look at each and one wait for the device; finite ones whose sum is not do not count as such."""
+    seen = [_sample(g) for g in grads]
+    # Sums are NaN or infinite if an entry is, and on a CPU take half the time of norms.
+    sums = (
+        [x.sum(dtype=precision(x)) for x in seen]
+        if all(x.device.type == "cpu" for x in seen)
+        else [x.to(grads[0].device) for x in torch._foreach_norm(seen, dtype=torch.float32)]
+    )
+    return math.isfinite(torch.stack(sums).sum().item())
+
+
+def _sample(g: Tensor) -> Tensor:
+    """All of a small gradient, and a part of a large one: a whole read of memory would be a seventh of the step.
+
+    What is NaN comes from an activation or from what went back to it, and is NaN in a bias, a norm's scale, or a row or
+    column of a weight, not in one entry.
+    """
+    if g.numel() <= WHOLE or not g.is_contiguous():
+        return g
+    return g.view(-1)[::STRIDE]
