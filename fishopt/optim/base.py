@@ -14,12 +14,11 @@ from fishopt.batch import checked_inputs, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
-from fishopt.optim import checks
+from fishopt.optim import checkpoint, checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.checkpoint import Identity, refuse_another, restore_precision
 from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature, training_likelihood
 from fishopt.optim.estimate import Estimate, Moment, Training
@@ -58,7 +57,7 @@ class FisherOptimizer(Copyable, ABC):
         checks.whole("refresh_inputs", refresh_inputs)
         listed, self._layerwise = parameter_groups(params, [p for p in self._name_of if p.requires_grad])
         super().__init__(listed, defaults)
-        source = checks.generator(generator, self.param_groups[0]["params"][0].device)
+        source = checks.generator(generator, next(p.device for group in self.param_groups for p in group["params"]))
         self._curvature = Curvature(
             model,
             family,
@@ -121,12 +120,13 @@ class FisherOptimizer(Copyable, ABC):
             ValueError: If a refresh is due and the model was not called yet, or not with tensors alone.
             RuntimeError: If a gradient is sparse, or refresh after refresh comes out NaN or infinite.
         """
+        checks.closure(closure)
         started = self._start_clock()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
+        checks.dense_gradients(self.param_groups, self._name_of)
         if has_overflowed(self):
             self._recorder.start_anew()
             return loss
@@ -183,11 +183,13 @@ class FisherOptimizer(Copyable, ABC):
 
         Raises:
             ValueError: If a parameter is not the model's, or an option is out of range.
+            TypeError: If ``param_group`` is no dict, or holds something else than parameters.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group={param_group!r}: pass a dict with an entry 'params'")
         self._name_of = {p: name for name, p in self._model.named_parameters()}
         group = {**param_group, "params": members(param_group, self._name_of)}
-        checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
-        self._check_group({**self.defaults, **group})
+        self._check_options({**self.defaults, **group})
         super().add_param_group(group)
         self._plan = None
         if hasattr(self, "_recorder"):
@@ -210,17 +212,30 @@ class FisherOptimizer(Copyable, ABC):
         """Loads what `state_dict` returned, for a model of the same parameters.
 
         Raises:
-            ValueError: If the state is of another kind of optimizer or of another model; nothing is changed then.
+            ValueError: If the state is of another kind of optimizer or of another model, or damaged; nothing is
+                changed then.
+            TypeError: If it is no dict.
         """
-        own = refuse_another(state_dict, self._identity())
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
-        restore_precision(state_dict, self.param_groups, self.state)
-        self._steps, self._plan = own["steps"], None
-        self._is_fresh = own["is_fresh"]
-        self._moment = Moment(*own["moment"])
-        self._seconds, self._started = own["seconds"], None
-        self._curvature.load_state_dict(own["curvature"])
-        self._recorder.wants_gradient = self._wants_gradient()
+        before = dict(vars(self))
+        with checkpoint.refuse_damaged(state_dict), Transaction() as transaction:
+            own = checkpoint.refuse_another(state_dict, self._identity())
+            checkpoint.check_values(own)
+            transaction.on_failure(self._curvature.restorer())
+            transaction.on_failure(lambda: vars(self).update(before))
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
+            checkpoint.restore_precision(state_dict, self.param_groups, self.state)
+            checkpoint.check_states(self.state, self._name_of)
+            for group, old in zip(self.param_groups, before["param_groups"], strict=True):
+                for name in self.defaults.keys() & old.keys():
+                    group.setdefault(name, old[name])  # a file from before there was the option lacks it
+                self._check_options(group)
+            self._steps, self._plan = own["steps"], None
+            self._is_fresh = bool(own["is_fresh"])
+            self._moment = Moment(*own["moment"])
+            self._seconds, self._started = own["seconds"], None
+            self._curvature.load_state_dict(own["curvature"])
+            self._recorder.wants_gradient = self._wants_gradient()
+            transaction.commit()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
@@ -247,6 +262,10 @@ class FisherOptimizer(Copyable, ABC):
             curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
             history=list(self._curvature.history),
         )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        checked_option("estimator", group["estimator"], ("auto", *ESTIMATORS))
+        self._check_group(group)
 
     # --- refreshing ---
 
@@ -306,14 +325,6 @@ class FisherOptimizer(Copyable, ABC):
             self._plan = plan(members, self.state)
         return self._plan
 
-    def _refuse_sparse_gradients(self) -> None:
-        for _, params in with_gradient(self.param_groups):
-            for p in params:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"the gradient of {self._name_of[p]!r} is sparse; build the module with sparse=False"
-                    )
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Torch's contract: whether a GradScaler leaves the scaling to step(), and hands its scale over for that.
@@ -330,7 +341,7 @@ class FisherOptimizer(Copyable, ABC):
     def _wants_gradient(self) -> bool:
         return self._curvature.estimates_noise or any(g["estimator"] == "empirical" for g in self.param_groups)
 
-    def _identity(self) -> Identity:
+    def _identity(self) -> checkpoint.Identity:
         return {
             "optimizer": type(self).__name__,
             "names": [[self._name_of[p] for p in group["params"]] for group in self.param_groups],
