@@ -80,10 +80,11 @@ class Batch:
         self.width = 0
         self.positions = 1
         self._mask = mask
+        self._targets: Tensor | None = None
         if mask is not None and not mask.any():
             raise ValueError("targets holds nothing but labels to be ignored; pass a batch where some label counts")
         for x in self.inputs.leaves:
-            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+            if isinstance(x, Tensor) and not torch.isfinite(x).all():
                 raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
         shadow.sync()
 
@@ -97,7 +98,9 @@ class Batch:
         """
         shadow, parts, family = Shadow(checked_model(model)), checked_inputs(inputs), as_likelihood(likelihood)
         mask = None if targets is None else family.counted(checked_targets(targets, parts.count))
-        return cls(shadow, parts, family, mask)
+        batch = cls(shadow, parts, family, mask)
+        batch._targets = targets
+        return batch
 
     def __len__(self) -> int:
         return self.inputs.count
@@ -168,7 +171,7 @@ class Batch:
         """The likelihood of some of the inputs, and their natural parameters.
 
         Raises:
-            ValueError: If the output does not fit the likelihood or the inputs.
+            ValueError: If the output does not fit the likelihood, the inputs or the targets.
             NonFiniteError: If it is NaN or infinite.
         """
         likelihood, h = self.likelihood.at(outputs, None if self._mask is None else self._mask[rows])
@@ -177,6 +180,8 @@ class Batch:
             raise ValueError(f"model output has {len(h)} rows for {count} inputs; pass one row per input")
         if not torch.isfinite(h).all():
             raise NonFiniteError("model output contains NaN or infinite values; look at its parameters and inputs")
+        if self._targets is not None:
+            likelihood.valid_targets(h, self._targets[rows])
         self.width, self.positions = h.shape[1], likelihood.positions
         return likelihood, h
 
@@ -186,23 +191,21 @@ def checked_model(model: Any) -> nn.Module:
 
     Raises:
         TypeError: If it is not a module, is compiled by TorchScript, or has sparse or complex parameters.
-        ValueError: If nothing in it is trainable, or it couples inputs.
+        ValueError: If nothing in it is trainable, it has parameters without values, or it couples inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: pass the torch.nn.Module itself, not its parameters")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a ScriptModule, which cannot be copied with shared weights; pass the nn.Module")
     _check_parts(model)
     check_whole(model)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no trainable parameter; set requires_grad on what is to be trained")
-    for name, p in trainable.items():
+    for name, p in model.named_parameters():
         if is_lazy(p):
             raise ValueError(f"model parameter {name!r} is not initialized; run one forward pass first")
-        if p.is_complex() or p.layout != torch.strided:
-            kind = "complex" if p.is_complex() else "sparse"
-            raise TypeError(f"model parameter {name!r} is {kind}; fishopt needs dense real parameters")
+        if p.is_meta:
+            raise ValueError(f"model parameter {name!r} is on the meta device; give it values first, by model.to_empty")
+        if p.requires_grad:
+            _check_trainable(name, p)
     return model
 
 
@@ -223,6 +226,14 @@ def check_whole(model: nn.Module) -> None:
             )
 
 
+def _check_trainable(name: str, p: Tensor) -> None:
+    if p.is_complex() or p.layout != torch.strided:
+        kind = "complex" if p.is_complex() else "sparse"
+        raise TypeError(f"model parameter {name!r} is {kind}; fishopt needs dense real parameters")
+    if p.is_inference():
+        raise ValueError(f"model parameter {name!r} was made in inference mode; build the model outside of it")
+
+
 def _check_parts(model: nn.Module) -> None:
     for path, module in unwrapped(model).named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -230,6 +241,9 @@ def _check_parts(model: nn.Module) -> None:
                 f"model part {path!r} is in DistributedDataParallel, and model as a whole is not; wrap it as a whole, "
                 "or pass that part"
             )
+        if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
+            what = f"model part {path!r}" if path else "model"
+            raise TypeError(f"{what} is a ScriptModule, which cannot be copied with shared weights; use the nn.Module")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"model part {path!r} normalises by the batch in eval mode too, which couples inputs; build it with "
@@ -254,6 +268,7 @@ def checked_inputs(inputs: Any) -> Arguments:
     for x in listed:
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs holds a {type(x).__name__}; pass a tensor, or a tuple of them, one row per input")
+        _check_dense("inputs", x)
         if x.ndim == 0:
             raise ValueError("inputs holds a tensor without dimensions; pass one row per input")
     lengths = sorted({len(x) for x in listed})
@@ -268,10 +283,26 @@ def in_full_precision(inputs: Arguments) -> Arguments:
     """In half precision there are not the digits for a sum of squares; what inference mode made takes no part."""
 
     def widened(x: Tensor) -> Tensor:
+        _check_dense("inputs", x)
         x = x.clone() if x.is_inference() else x
         return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
     return inputs.map(widened)
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    """Checks for a tensor with values that can be computed with.
+
+    Raises:
+        TypeError: If it is sparse, nested, quantized or of fewer than 16 bits.
+        ValueError: If it is on the meta device.
+    """
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} holds a {'nested' if x.is_nested else 'sparse'} tensor; pass a dense one")
+    if x.is_quantized or (x.is_floating_point() and torch.finfo(x.dtype).bits < 16):
+        raise TypeError(f"{name} holds a tensor of type {x.dtype}; pass float32, or another that torch computes in")
+    if x.is_meta:
+        raise ValueError(f"{name} holds a tensor on the meta device, which has no values; pass one that has")
 
 
 def checked_targets(targets: Any, count: int) -> Tensor:
@@ -283,6 +314,7 @@ def checked_targets(targets: Any, count: int) -> Tensor:
     """
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets is a {type(targets).__name__}; pass a tensor with one label per input")
+    _check_dense("targets", targets)
     if targets.ndim == 0 or len(targets) != count:
         raise ValueError(f"targets has shape {tuple(targets.shape)} for {count} inputs; pass one label per input")
     return targets
@@ -308,6 +340,16 @@ def checked_generator(generator: Any) -> torch.Generator | None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator={generator!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
     return generator
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Checks for True or False: any other object would be taken for one of the two.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: pass True or False")
 
 
 def checked_option(name: str, value: Any, known: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ def named_groups(model: nn.Module, groups: UserGroups) -> Groups:
 
     Raises:
         ValueError: If a member is not a trainable parameter of the model, or belongs to two groups.
-        TypeError: If ``groups`` is neither a mapping nor a list.
+        TypeError: If ``groups`` is neither a mapping nor a list, or a group no list.
     """
     if isinstance(groups, list | tuple):
         groups = {f"group {i}": members for i, members in enumerate(groups)}
@@ -57,6 +57,8 @@ def named_groups(model: nn.Module, groups: UserGroups) -> Groups:
 
 
 def _listed(members: Sequence[str | Tensor] | str | Tensor, group: str) -> list[str | Tensor]:
+    if members is not None and not isinstance(members, Iterable):
+        raise TypeError(f"groups[{group!r}]={members!r}: pass a list of parameters or of their names")
     listed: list[str | Tensor] = [members] if isinstance(members, str | Tensor) else list(members or ())
     if not listed:
         raise ValueError(f"groups[{group!r}]={members!r} is empty; name at least one parameter")

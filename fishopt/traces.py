@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_option
+from fishopt.batch import Batch, apart, check_flag, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass
@@ -62,6 +62,7 @@ def trace_bound(
     """
     checked_option("quantity", quantity, QUANTITIES)
     checked_option("side", side, SIDES)
+    check_flag("full_spectrum", full_spectrum)
     batch = Batch.of(model, inputs, likelihood)
     members = layers(model) if groups is None else named_groups(model, groups)
     totals = {}

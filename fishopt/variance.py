@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_option, checked_samples
+from fishopt.batch import Batch, apart, check_flag, checked_option, checked_samples
 from fishopt.likelihoods import Interval, Likelihood, unit_columns
 from fishopt.passes import Diagonal, Pass, Sketch, add
 
@@ -146,6 +146,7 @@ def variance_bound(
     """
     checked_option("estimator", estimator, SAMPLED)
     checked_option("side", side, SIDES)
+    check_flag("tight", tight)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
     some = with_label_variance(batch, estimator, batch.names)
@@ -193,6 +194,7 @@ def fisher_bound(
     Args, returns and errors are those of `variance_bound`.
     """
     checked_option("side", side, SIDES)
+    check_flag("tight", tight)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
     for through, likelihood, h, _ in batch.chunks(batch.names):
@@ -211,6 +213,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
 
     Args, returns and errors are those of `variance_bound`.
     """
+    check_flag("tight", tight)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
     for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):

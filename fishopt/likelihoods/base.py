@@ -163,6 +163,10 @@ class Likelihood(ABC):
             raise ValueError(
                 f"model output has shape (): {self} needs one row per input; drop the reduction at the end of the model"
             )
+        if not outputs.numel():
+            raise ValueError(
+                f"model output has shape {tuple(outputs.shape)}: {self} needs one output or more per input"
+            )
         return outputs.reshape(outputs.shape[0], -1)
 
     def residual(self, h: Tensor, y: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ class Categorical(Likelihood):
 
     def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
         n, classes = h.shape
+        if y.is_complex():
+            raise ValueError(f"targets has type {y.dtype}; pass class indices as integers")
         if y.is_floating_point():
             if y.shape != h.shape:
                 raise ValueError(

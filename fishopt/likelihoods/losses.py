@@ -61,7 +61,7 @@ def from_loss(loss: nn.Module) -> Likelihood:
         if isinstance(loss, kind):
             return convert(loss)
     hint = _HINTS.get(type(loss), "pass a Likelihood: fishopt.Categorical(), Bernoulli(), Gaussian(), Poisson()")
-    raise ValueError(f"{type(loss).__name__} has no likelihood that fishopt knows; {hint}")
+    raise ValueError(f"likelihood={type(loss).__name__}() stands for no likelihood that fishopt knows; {hint}")
 
 
 def as_likelihood(likelihood: Any) -> Likelihood:
@@ -95,8 +95,8 @@ def _refuse_weights(loss: Any, *names: str) -> None:
     for name in names:
         if getattr(loss, name, None) is not None:
             raise ValueError(
-                f"{type(loss).__name__}({name}=...) is not a likelihood; to use the unweighted model's Fisher "
-                f"information pass {_CONVERSIONS[_kind(loss)](_kind(loss)())!r}"
+                f"likelihood={type(loss).__name__}({name}=...) is not a likelihood; to use the unweighted model's "
+                f"Fisher information pass {_CONVERSIONS[_kind(loss)](_kind(loss)())!r}"
             )
 
 
@@ -129,8 +129,8 @@ def _from_squared_error(loss: Any) -> Likelihood:
 def _from_poisson(loss: Any) -> Likelihood:
     if not loss.log_input:
         raise ValueError(
-            "PoissonNLLLoss(log_input=False) is not in natural parameters; let the model predict the log rate and use "
-            "PoissonNLLLoss(log_input=True)"
+            "likelihood=PoissonNLLLoss(log_input=False) is not in natural parameters; let the model predict the log "
+            "rate and use PoissonNLLLoss(log_input=True)"
         )
     likelihood = Poisson()
     likelihood.reduction = _reduction(loss)

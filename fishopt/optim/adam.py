@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishopt.batch import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
@@ -98,6 +99,7 @@ class FisherAdam(FisherOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_flag("maximize", group["maximize"])
         checks.pair("betas", group["betas"])
         for name in ("lr", "eps", "damping", "weight_decay"):
             checks.number(name, group[name])

@@ -14,12 +14,11 @@ from fishopt.batch import checked_inputs, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
-from fishopt.optim import checks
+from fishopt.optim import checkpoint, checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.checkpoint import VERSION, identity, read, restore_precision, told_if_damaged
 from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
@@ -63,7 +62,7 @@ class FisherOptimizer(Copyable, ABC):
         checks.whole("refresh_inputs", refresh_inputs)
         listed, self._layerwise = parameter_groups(params, list(self._name_of))
         super().__init__(listed, defaults)
-        source = checks.generator(generator, self.param_groups[0]["params"][0].device)
+        source = checks.generator(generator, next(p.device for group in self.param_groups for p in group["params"]))
         self._curvature = Curvature(
             model,
             family,
@@ -127,6 +126,7 @@ class FisherOptimizer(Copyable, ABC):
             ValueError: If a refresh is due and the model was not called yet, or not with tensors alone.
             RuntimeError: If a gradient is sparse, or gradients or refreshes are NaN or infinite ten times in a row.
         """
+        checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
             make_room(self, self._scalars)
             return None
@@ -195,11 +195,13 @@ class FisherOptimizer(Copyable, ABC):
 
         Raises:
             ValueError: If a parameter is not the model's, or an option is out of range.
+            TypeError: If ``param_group`` is no dict, or holds something else than parameters.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group={param_group!r}: pass a dict with an entry 'params'")
         self._name_of = {p: name for name, p in self._model.named_parameters()}
         group = {**param_group, "params": members(param_group, self._name_of)}
-        checked_option("estimator", group.get("estimator", self.defaults["estimator"]), ("auto", *ESTIMATORS))
-        self._check_group({**self.defaults, **group})
+        self._check_options({**self.defaults, **group})
         super().add_param_group(group)
         self._plan = None
         if hasattr(self, "_recorder"):
@@ -209,8 +211,8 @@ class FisherOptimizer(Copyable, ABC):
         """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
         state = super().state_dict()
         state["fishopt"] = {
-            "version": VERSION,
-            **identity(self, self._name_of),
+            "version": checkpoint.VERSION,
+            **checkpoint.identity(self, self._name_of),
             "steps": self._steps,
             "is_fresh": self._is_fresh,
             "skipped": list(self._skipped),
@@ -225,24 +227,29 @@ class FisherOptimizer(Copyable, ABC):
 
         Raises:
             ValueError: If it is another kind of optimizer's, another model's, or a newer fishopt's, or is damaged.
+            TypeError: If it is no dict.
         """
         before = dict(vars(self))
-        with told_if_damaged(), Transaction() as transaction:
+        with checkpoint.refuse_damaged(state_dict), Transaction() as transaction:
             state_dict = from_copy(state_dict)
-            own = read(state_dict, identity(self, self._name_of))
+            own = checkpoint.read(state_dict, checkpoint.identity(self, self._name_of))
+            checkpoint.check_values(own)
             transaction.on_failure(self._curvature.restorer())
             transaction.on_failure(lambda: vars(self).update(before))
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
-            restore_precision(state_dict, self.param_groups, self.state)
-            for group in self.param_groups:
-                group.update(self.defaults | group)  # for what a file of an older version lacks
+            checkpoint.restore_precision(state_dict, self.param_groups, self.state)
+            checkpoint.check_states(self.state, self._name_of)
+            for group, old in zip(self.param_groups, before["param_groups"], strict=True):
+                for name in self.defaults.keys() & old.keys():
+                    group.setdefault(name, old[name])  # a file from before there was the option lacks it
+                self._check_options(group)
             self._steps, self._plan = own["steps"], None
             self._is_fresh, self._skipped = own["is_fresh"], Skipped(*own["skipped"])
             self._moment = Moment(*own["moment"])
             self._seconds, self._started = own["seconds"], None
             self._curvature.load_state_dict(own["curvature"])
+            self._recorder.wants_gradient = self._wants_gradient()
             transaction.commit()
-        self._recorder.wants_gradient = self._wants_gradient()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
@@ -271,6 +278,10 @@ class FisherOptimizer(Copyable, ABC):
             curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
             history=list(self._curvature.history),
         )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        checked_option("estimator", group["estimator"], ("auto", *ESTIMATORS))
+        self._check_group(group)
 
     # --- refreshing ---
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishopt.batch import check_flag, checked_option
+from fishopt.estimators import ESTIMATORS
 from fishopt.optim.averages import precision
+from fishopt.optim.checks import number, whole
 
 Identity = dict[str, Any]
 """``"optimizer"``, and for each group ``"names"`` and ``"shapes"`` of its parameters."""
@@ -41,19 +44,6 @@ OLDER: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 """Version -> what makes the next one's layout of it."""
 
 
-@contextmanager
-def told_if_damaged() -> Iterator[None]:
-    """Says so if an entry is missing.
-
-    Raises:
-        ValueError: If one is.
-    """
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"state_dict lacks {error}: the file is damaged, or was edited; load another") from error
-
-
 def read(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
     """The part of ``state_dict`` that is fishopt's own, in today's layout.
 
@@ -61,7 +51,7 @@ def read(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
         ValueError: If it is of a newer version, of another kind of optimizer, or of another model.
     """
     own = state_dict.get("fishopt")
-    if own is None:
+    if not isinstance(own, dict):
         raise ValueError("state_dict has no entry 'fishopt'; pass the state_dict of a fishopt optimizer")
     version = own.get("version", 1)
     if version not in (*OLDER, VERSION):
@@ -78,7 +68,7 @@ def read(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
 def _refuse_another(own: dict[str, Any], here: Identity) -> None:
     if own["optimizer"] != here["optimizer"]:
         raise ValueError(f"state_dict is of {own['optimizer']}; load it into that, not into {here['optimizer']}")
-    if [len(group) for group in own["names"]] != [len(group) for group in here["names"]]:
+    if any([len(group) for group in own[key]] != [len(group) for group in here[key]] for key in ("names", "shapes")):
         raise ValueError(
             f"state_dict is of another model or of other parameter groups: {_sizes(own)} parameters in its groups, "
             f"{_sizes(here)} here; build the same model and groups first"
@@ -88,6 +78,63 @@ def _refuse_another(own: dict[str, Any], here: Identity) -> None:
             raise ValueError(
                 f"state_dict is of another model: it has {_shown(theirs)} where this one has {_shown(mine)}"
             )
+
+
+@contextmanager
+def refuse_damaged(state_dict: Any) -> Iterator[None]:
+    """Names the cause where something is missing from a checkpoint, or is not what was saved.
+
+    Raises:
+        ValueError: If so.
+        TypeError: If it is no dict at all.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what state_dict() returned")
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"state_dict is damaged, {type(error).__name__}: {error}; pass what state_dict() returned, whole"
+        ) from error
+
+
+def check_values(own: Mapping[str, Any]) -> None:
+    """Checks what would be loaded as it is, and break a later step.
+
+    Raises:
+        ValueError: If something is not of the kind that is saved.
+    """
+    curvature = own["curvature"]
+    counts = {"steps": own["steps"], "next_selection": curvature["next_selection"]}
+    for name, value in counts.items():
+        whole(f"state_dict['fishopt']: {name}", value, low=0)
+    numbers = {"seconds": [own["seconds"], curvature["seconds"]], "moment": own["moment"]}
+    for name, values in {**numbers, "failures": curvature["failures"][:2], "noise": curvature["noise"]}.items():
+        for value in values:
+            number(f"state_dict['fishopt']: {name}", value)
+    check_flag("state_dict['fishopt']: is_fresh", own["is_fresh"])
+    for choice in curvature["choices"]:
+        checked_option("state_dict['fishopt']: estimator", choice["estimator"], tuple(ESTIMATORS))
+
+
+def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> None:
+    """Checks that what was loaded for each parameter is whole and of its shape.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    for p, state in states.items():
+        shapes = dict.fromkeys(("step", "refreshes", *state), ()) | dict.fromkeys(
+            ("exp_avg", "fisher", "preconditioner"), tuple(p.shape)
+        )
+        for name, shape in shapes.items():
+            value = state[name]
+            where = f"state_dict['state'] of {names[p]!r}: {name}"
+            if name in ("step", "refreshes"):
+                number(where, value)
+            elif not isinstance(value, Tensor) or value.shape != shape:
+                shown = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"={value!r}"
+                raise ValueError(f"{where}{shown}, not a tensor of shape {shape}; pass what state_dict() returned")
 
 
 def restore_precision(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,28 @@ def pair(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: pass a pair of numbers in [0, 1)")
     for i, beta in enumerate(value):
         number(f"{name}[{i}]", beta, high=1.0)
+
+
+def dense_gradients(groups: Iterable[dict[str, Any]], names: Mapping[Tensor, str]) -> None:
+    """Checks the gradients of all parameters.
+
+    Raises:
+        RuntimeError: If one is sparse, as torch.optim has it.
+    """
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"the gradient of {names[p]!r} is sparse; build the module with sparse=False")
+
+
+def closure(value: Any) -> None:
+    """Checks for a function, or None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"closure={value!r}: pass a function that evaluates the model and returns the loss")
 
 
 def generator(value: Any, device: torch.device) -> torch.Generator:

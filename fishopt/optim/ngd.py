@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishopt.batch import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
@@ -103,6 +104,7 @@ class DiagonalNGD(FisherOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_flag("maximize", group["maximize"])
         for name in ("momentum", "decay"):
             checks.number(name, group[name], high=1.0)
         for name in ("lr", "weight_decay"):

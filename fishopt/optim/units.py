@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from torch import Tensor
@@ -22,15 +22,19 @@ def parameter_groups(params: Params, own: list[Tensor]) -> tuple[list[dict[str, 
 
     Raises:
         ValueError: If ``params`` is empty.
+        TypeError: If it is not a list, or one of parameters and groups.
     """
     if params is None:
         return [{"params": own}], True
-    listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
-    if not listed:
+    listed = _listed(params)
+    groups = [dict(group) for group in listed if isinstance(group, Mapping)]
+    if groups and len(groups) < len(listed):
+        raise TypeError("params holds both groups and parameters; pass a list of either")
+    for group in groups:
+        group["params"] = _listed(_members_of(group))
+    if not (any(group["params"] for group in groups) if groups else listed):
         raise ValueError("params is empty; pass some of the model's parameters, or leave it out")
-    if isinstance(listed[0], dict):
-        return [dict(group) for group in listed], False
-    return [{"params": listed}], True
+    return groups or [{"params": listed}], not groups
 
 
 def members(group: dict[str, Any], names: dict[Tensor, str]) -> list[Any]:
@@ -38,17 +42,33 @@ def members(group: dict[str, Any], names: dict[Tensor, str]) -> list[Any]:
 
     Raises:
         ValueError: If one is not.
+        TypeError: If one is no tensor.
     """
-    listed = group.get("params", ())
-    listed = [listed] if isinstance(listed, Tensor) else list(listed)
-    parameters = [p[1] if isinstance(p, tuple) else p for p in listed]
+    parameters = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in _listed(_members_of(group))]
     for p in parameters:
-        if isinstance(p, Tensor) and p not in names:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params holds a {type(p).__name__}; pass the model's own parameters")
+        if p not in names:
             raise ValueError(
                 f"params holds a tensor of shape {tuple(p.shape)} that is not a parameter of model; pass the model's "
                 "own parameters"
             )
     return parameters
+
+
+def _members_of(group: dict[str, Any]) -> Any:
+    if "params" not in group:
+        raise ValueError(f"params holds a group {group!r} without an entry 'params'; put the model's parameters there")
+    return group["params"]
+
+
+def _listed(params: Any) -> list[Any]:
+    if isinstance(params, Tensor):
+        return [params]
+    # Of a set the order changes from run to run, and with it what a checkpoint holds.
+    if isinstance(params, str | Mapping | Set) or not isinstance(params, Iterable):
+        raise TypeError(f"params is a {type(params).__name__}; pass parameters of model in a list, or a list of groups")
+    return list(params)
 
 
 def units(groups: list[dict[str, Any]], names: dict[Tensor, str], *, layerwise: bool) -> tuple[Groups, dict[str, str]]:
