@@ -134,7 +134,7 @@ def _attended(mask: bool = False, **options: Any) -> nn.Module:
     def forward(m: Any, x: Tensor, y: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         y = x if y is None else y
         q, k = (x, y) if first else (x.transpose(0, 1), y.transpose(0, 1))
-        attn = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype).fill_diagonal_(-3) if mask else None
+        attn = torch.eye(x.shape[1], y.shape[1], dtype=torch.bool) if mask else None
         out, weights = m.mha(q, k, k, attn_mask=attn, key_padding_mask=padding)
         out = out if first else out.transpose(0, 1)
         return m.head(torch.cat([out.flatten(1), weights.flatten(1)], 1))
@@ -290,7 +290,7 @@ add(
         nn.Conv1d(2, 3, 2, stride=2), nn.InstanceNorm1d(3, affine=True), nn.ConvTranspose1d(3, 1, 2), nn.Flatten()
     ),
     normal(2, 6),
-    {"1.": "network", "": "rule"},
+    {"1.": "call", "": "rule"},
 )
 add(
     "vision_transformer",
@@ -309,7 +309,9 @@ add(
     "frames",
     lambda: _with_statistics(
         Net(
-            lambda m, x: m.head(torch.tanh(m.norm(m.conv(x.flatten(0, 1))).flatten(1))).unflatten(0, x.shape[:2]).sum(1),
+            lambda m, x: (
+                m.head(torch.tanh(m.norm(m.conv(x.flatten(0, 1))).flatten(1))).unflatten(0, x.shape[:2]).sum(1)
+            ),
             conv=nn.Conv2d(1, 2, 2),
             norm=nn.BatchNorm2d(2),
             head=nn.Linear(8, 3),
@@ -332,9 +334,7 @@ def _recurrent(kind: type[nn.Module], *, first: bool = True, **options: Any) -> 
         state = state[0] if isinstance(state, tuple) else state
         return m.head(torch.cat([out[:, -1] if first else out[-1], state[0]], 1))
 
-    return Net(
-        forward, rnn=kind(2, 3, batch_first=first, **options), head=nn.Linear(width * (directions + 1), 3)
-    )
+    return Net(forward, rnn=kind(2, 3, batch_first=first, **options), head=nn.Linear(width * (directions + 1), 3))
 
 
 for _kind in PARTS_OF:
@@ -433,7 +433,9 @@ add(
 )
 add(
     "keywords",
-    lambda: Net(lambda m, x, *, gate, power: m.b(torch.sigmoid(m.a(x)) ** power * gate), a=nn.Linear(4, 3), b=nn.Linear(3, 3)),
+    lambda: Net(
+        lambda m, x, *, gate, power: m.b(torch.sigmoid(m.a(x)) ** power * gate), a=nn.Linear(4, 3), b=nn.Linear(3, 3)
+    ),
     lambda n: (torch.randn(n, 4), {"gate": torch.rand(n, 3), "power": 2}),
 )
 add(
@@ -462,19 +464,71 @@ add(
 # --- parameters wherever they are ---
 
 add("scale", lambda: Net(lambda m, x: m.a(x * m.s) * m.t, s=parameter(4), t=parameter(), a=nn.Linear(4, 3)), normal(4))
-add("matmul", lambda: Net(lambda m, x: torch.tanh(x @ m.w) @ m.v + m.b, w=parameter(4, 5), v=parameter(5, 3), b=parameter(3)), normal(4))
+add(
+    "matmul",
+    lambda: Net(lambda m, x: torch.tanh(x @ m.w) @ m.v + m.b, w=parameter(4, 5), v=parameter(5, 3), b=parameter(3)),
+    normal(4),
+)
 add("matmul_sequence", lambda: Net(lambda m, x: torch.tanh(x @ m.w).mean(1), w=parameter(4, 3)), normal(5, 4))
 add("weight_first", lambda: Net(lambda m, x: torch.tanh(m.w @ x).sum(-1), w=parameter(3, 4)), normal(4, 2), "call")
 add("weight_first_transposed", lambda: Net(lambda m, x: torch.tanh(m.w @ x.T).T, w=parameter(3, 4)), normal(4), "call")
 add("addmm", lambda: Net(lambda m, x: torch.addmm(m.b, x, m.w), b=parameter(3), w=parameter(4, 3)), normal(4))
-add("addmm_scaled", lambda: Net(lambda m, x: torch.tanh(torch.addmm(m.b, x, m.w, beta=2, alpha=0.5)), b=parameter(3), w=parameter(4, 3)), normal(4), "call")
-add("einsum", lambda: Net(lambda m, x: torch.tanh(torch.einsum("nld,dhe->nlhe", x, m.w)).sum((1, 2)), w=parameter(4, 2, 3)), normal(5, 4), "call")
+add(
+    "addmm_scaled",
+    lambda: Net(
+        lambda m, x: torch.tanh(torch.addmm(m.b, x, m.w, beta=2, alpha=0.5)), b=parameter(3), w=parameter(4, 3)
+    ),
+    normal(4),
+    "call",
+)
+add(
+    "einsum",
+    lambda: Net(lambda m, x: torch.tanh(torch.einsum("nld,dhe->nlhe", x, m.w)).sum((1, 2)), w=parameter(4, 2, 3)),
+    normal(5, 4),
+    "call",
+)
 add("bilinear", lambda: Net(lambda m, a, b: torch.tanh(m.bilinear(a, b)), bilinear=nn.Bilinear(4, 4, 3)), _two, "call")
-add("functional", lambda: Net(lambda m, x: functional.linear(functional.layer_norm(x, (4,), m.g, m.b), m.w), g=parameter(4), b=parameter(4), w=parameter(3, 4)), normal(4))
-add("repeated_token", lambda: Net(lambda m, x: m.a(torch.cat([m.q.repeat(len(x), 1, 1) * x, x], 1).flatten(1)), q=parameter(1, 2, 4), a=nn.Linear(16, 3)), normal(2, 4))
-add("queries", lambda: Net(lambda m, x: m.mha(m.q.unsqueeze(0).expand(len(x), -1, -1), x, x)[0].flatten(1), q=parameter(2, 4), mha=nn.MultiheadAttention(4, 1, batch_first=True)), normal(3, 4))
-add("buffer", lambda: Net(lambda m, x: m.a((x - m.mean) / m.std), a=nn.Linear(4, 3), mean=torch.randn(4), std=torch.rand(4) + 1), normal(4))
-add("shared", lambda: Net(lambda m, x: m.parts[1](torch.tanh(m.parts[0](torch.tanh(m.parts[0](x))))), parts=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)])), normal(4))
+add(
+    "functional",
+    lambda: Net(
+        lambda m, x: functional.linear(functional.layer_norm(x, (4,), m.g, m.b), m.w),
+        g=parameter(4),
+        b=parameter(4),
+        w=parameter(3, 4),
+    ),
+    normal(4),
+)
+add(
+    "repeated_token",
+    lambda: Net(
+        lambda m, x: m.a(torch.cat([m.q.repeat(len(x), 1, 1) * x, x], 1).flatten(1)),
+        q=parameter(1, 2, 4),
+        a=nn.Linear(16, 3),
+    ),
+    normal(2, 4),
+)
+add(
+    "queries",
+    lambda: Net(
+        lambda m, x: m.mha(m.q.unsqueeze(0).expand(len(x), -1, -1), x, x)[0].flatten(1),
+        q=parameter(2, 4),
+        mha=nn.MultiheadAttention(4, 1, batch_first=True),
+    ),
+    normal(3, 4),
+)
+add(
+    "buffer",
+    lambda: Net(lambda m, x: m.a((x - m.mean) / m.std), a=nn.Linear(4, 3), mean=torch.randn(4), std=torch.rand(4) + 1),
+    normal(4),
+)
+add(
+    "shared",
+    lambda: Net(
+        lambda m, x: m.parts[1](torch.tanh(m.parts[0](torch.tanh(m.parts[0](x))))),
+        parts=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)]),
+    ),
+    normal(4),
+)
 
 
 def _listed() -> nn.Module:
@@ -612,6 +666,16 @@ for _reentrant in (False, True):
         ),
         normal(4),
     )
+    add(
+        f"checkpoint_attention{'_reentrant' if _reentrant else ''}",
+        lambda reentrant=_reentrant: Net(
+            lambda m, x: m.b(checkpoint(m.block, m.a(x), use_reentrant=reentrant).flatten(1)),
+            a=nn.Linear(4, 4),
+            block=PreNorm(_scaled),
+            b=nn.Linear(12, 3),
+        ),
+        normal(3, 4),
+    )
 add(
     "vmap",
     lambda: Net(
@@ -662,9 +726,7 @@ class Counting(nn.Module):
 add("counting", Counting, normal(4))
 add(
     "coupled",
-    lambda: Net(
-        lambda m, x: m.b(torch.tanh(m.a(x) - m.a(x).mean(0))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
-    ),
+    lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x) - m.a(x).mean(0))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)),
     normal(4),
     {"a": "pooled", "b": "rule"},
 )
