@@ -7,7 +7,7 @@ for.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from fishopt.passes.gradients import (
 )
 from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
-from fishopt.passes.tracing import Contact, Tracer
+from fishopt.passes.tracing import Contact, Signature, Tracer
 
 SMALL = 2**18
 """Numbers at the contacts' outputs that a backward may bring however small the network. Beyond, as many columns go
@@ -71,13 +71,13 @@ class Trace(NamedTuple):
     Attributes:
         uses: Parameter -> its uses.
         places: Contact's number -> where its inputs lie; None where that is not to be known.
-        functions: What each contact calls.
+        signatures: By what each contact is known again.
         spreading: See `Tracer`.
     """
 
     uses: dict[str, list[Use]]
     places: list[Place | None]
-    functions: list[Callable[..., Any]]
+    signatures: list[Signature]
     spreading: frozenset[int]
 
 
@@ -113,7 +113,8 @@ class Backward(Pass, ABC):
         del self._graph
 
     def _check(self) -> None:
-        if [contact.function for contact in self._contacts] != self._trace.functions:
+        name_of = self._shadow.name_of
+        if [contact.signature(name_of) for contact in self._contacts] != self._trace.signatures:
             raise OtherPathError("the network's forward is not the same for all batches")
         count = self._inputs.count
         for i in self._of(None):
@@ -263,12 +264,12 @@ class Traced(NamedTuple):
     Attributes:
         output: In its graph.
         contacts: Where parameters met data.
-        spreads: See `Tracer`.
+        made: See `Tracer`.
     """
 
     output: Tensor
     contacts: list[Contact]
-    spreads: list[torch.Size]
+    made: list[torch.Size]
 
 
 def trace_forward(
@@ -284,5 +285,5 @@ def trace_forward(
         with torch.enable_grad():
             output = shadow.run(own, tracer)
         if shadow.changes_in_place or not tracer.was_changed():
-            return Traced(output, tracer.contacts, tracer.spreads)
+            return Traced(output, tracer.contacts, tracer.made)
         shadow.changes_in_place = True

@@ -22,7 +22,7 @@ from fishopt.passes.rowwise import PooledPass, RowwisePass
 from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
 from fishopt.passes.traced import TracedPass
-from fishopt.passes.tracing import Contact
+from fishopt.passes.tracing import Contact, Widening, made_of
 
 RULE, CALL, NETWORK, ROWS, POOLED, NONE = "rule", "call", "network", "rows", "pooled", "none"
 
@@ -124,7 +124,7 @@ class _Expected:
     def __init__(self, shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> None:
         shadow.require(shadow.names)
         with torch.enable_grad():
-            h = shadow.run(inputs)
+            h = shadow.run(inputs, Widening())
         noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self._column = noise.to(h).reshape(len(h), -1)
         self._squares: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -166,35 +166,34 @@ def _trace(shadow: Shadow, inputs: Arguments) -> tuple[Trace | None, int]:
     """From forwards with two and three inputs, whose shapes tell where in each tensor the inputs lie."""
     names = shadow.names
     seen = [trace_forward(shadow, inputs.first(count), names) for count in (2, 3)]
-    if len(seen[0].spreads) != len(seen[1].spreads):
+    if len(seen[0].made) != len(seen[1].made):
         return None, 0
-    spreading = frozenset(i for i, (a, b) in enumerate(zip(*(t.spreads for t in seen), strict=True)) if a != b)
+    spreading = frozenset(i for i, (a, b) in enumerate(zip(*(t.made for t in seen), strict=True)) if a != b)
     if spreading:
         seen = [trace_forward(shadow, inputs.first(count), names, spreading) for count in (2, 3)]
     pairs = list(zip(*(t.contacts for t in seen), strict=False))
-    functions = [contact.function for contact in seen[0].contacts]
-    if functions != [contact.function for contact in seen[1].contacts]:
+    signatures = [contact.signature(shadow.name_of) for contact in seen[0].contacts]
+    if signatures != [contact.signature(shadow.name_of) for contact in seen[1].contacts]:
         return None, 0
     places = _ordered([_place(a, b) for a, b in pairs], seen[1].contacts, seen[1].output)
     activations = sum(shape.numel() for a, _ in pairs for shape in a.shapes) // 2
-    return Trace(_uses(shadow, seen[1].contacts, places), places, functions, spreading), activations
+    return Trace(_uses(shadow, seen[1].contacts, places), places, signatures, spreading), activations
 
 
 def _uses(shadow: Shadow, contacts: list[Contact], places: list[Place | None]) -> dict[str, list[Use]]:
-    name_of = {id(p): name for name, p in shadow.parameters.items()}
     uses: dict[str, list[Use]] = {}
     lost: set[str] = set()
     for i, (contact, place) in enumerate(zip(contacts, places, strict=True)):
         for slot, operand in contact.operands.items():
-            is_made = id(operand) not in name_of
-            made_of = _ancestors(operand, name_of) if is_made else [name_of[id(operand)]]
+            names = made_of(operand, shadow.name_of)
             if place is None:
-                lost.update(made_of)
+                lost.update(names)
                 continue
             entry = entry_for(contact, slot)
             if entry is not None and not _applies(contact, place, slot, entry):
                 entry = None
-            for name in made_of:
+            is_made = id(operand) not in shadow.name_of
+            for name in names:
                 uses.setdefault(name, []).append(Use(i, slot, entry, is_made))
     return {name: found for name, found in uses.items() if name not in lost}
 
@@ -206,20 +205,6 @@ def _applies(contact: Contact, place: Place, slot: int, entry: Entry) -> bool:
         return by_rule(contact, place, slot, entry, zeros, 3).shape == contact.operands[slot].shape
     except Exception:  # noqa: BLE001 - whatever is the matter, torch.func does it
         return False
-
-
-def _ancestors(made: Tensor, name_of: dict[int, str]) -> list[str]:
-    """The parameters that a tensor was made of."""
-    found, seen, stack = [], set(), [made.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(name_of[id(node.variable)])
-        stack.extend(child for child, _ in node.next_functions)
-    return found
 
 
 def _place(two: Contact, three: Contact) -> Place | None:

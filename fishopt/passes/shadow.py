@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
-from fishopt.passes.tracing import Substituting
+from fishopt.passes.tracing import Substituting, Widening
 
 Readout = Callable[[Any], Any]
 """What picks the natural parameters from what the network returns."""
@@ -66,6 +66,11 @@ class Shadow:
         """The copy's parameters by name."""
         return dict(self.module.named_parameters())
 
+    @cached_property
+    def name_of(self) -> dict[int, str]:
+        """Names of the copy's parameters, by identity."""
+        return {id(p): name for name, p in self.parameters.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters that the user trains, by name."""
@@ -87,7 +92,7 @@ class Shadow:
                 p.requires_grad_(name in names)
             self._required = tuple(names)
 
-    def run(self, inputs: Arguments, mode: Substituting | None = None) -> Any:
+    def run(self, inputs: Arguments, mode: Widening | None = None) -> Any:
         """The natural parameters.
 
         Args:

@@ -8,15 +8,16 @@ subclass, a functional call and a weight used twice are seen alike.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 DATA = "_fishopt_data"
@@ -24,6 +25,10 @@ DATA = "_fishopt_data"
 
 MADE = "_fishopt_made"
 """An attribute of tensors that are computed from parameters alone."""
+
+
+Signature = tuple[Any, tuple[tuple[int, tuple[str, ...]], ...]]
+"""A call, and which parameters are in which of its arguments."""
 
 
 @dataclass
@@ -52,19 +57,31 @@ class Contact:
         args, kwargs = tree_unflatten(list(leaves), self.spec)
         return args, kwargs
 
+    def signature(self, name_of: Mapping[int, str]) -> Signature:
+        """By what it is known again in another forward; ``name_of`` maps a parameter's identity to its name."""
+        return self.function, tuple((i, made_of(operand, name_of)) for i, operand in self.operands.items())
 
-class Substituting(TorchFunctionMode):
-    """Calls that hide what they do, or have no second derivative, are replaced by the same in plain operations.
 
-    All is in full precision, whatever autocast a user, or the network itself, has switched on.
-    """
+def made_of(operand: Tensor, name_of: Mapping[int, str]) -> tuple[str, ...]:
+    """The parameters that something was computed from."""
+    if id(operand) in name_of:
+        return (name_of[id(operand)],)
+    found, seen, stack = [], set(), [operand.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [name_of[id(node.variable)]] if hasattr(node, "variable") else []
+            stack.extend(child for child, _ in node.next_functions)
+    return tuple(found)
+
+
+class Widening(TorchFunctionMode):
+    """All is in full precision, whatever autocast a user, or the network itself, has switched on."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if (plain := SUBSTITUTES.get(func)) is not None:
-            with self:
-                return plain(*args, **(kwargs or {}))
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return self.called(func, args, kwargs or {})
@@ -75,16 +92,29 @@ class Substituting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Substituting(Widening):
+    """Calls that hide what they do, or have no second derivative, are replaced by the same in plain operations."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (plain := SUBSTITUTES.get(func)) is not None:
+            with self:
+                return plain(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class Tracer(Substituting):
     """Watches a forward, to be entered with ``with``.
 
     Attributes:
         contacts: What was seen, in order.
-        spreads: The shapes to which parameters were expanded, in order.
+        made: The shapes of what was computed from parameters alone, in order.
 
     Args:
         parameters: Those to look for, by name; they require gradients.
-        spreading: Which of `spreads` reach over inputs, and are contacts therefore.
+        spreading: Which of `made` have a row for each input, and are contacts therefore: a class token that was
+            expanded, or something that met data in a way that hides it, such as by NumPy.
         copies: Keep copies of what could be changed in place later.
     """
 
@@ -93,7 +123,7 @@ class Tracer(Substituting):
     ) -> None:
         super().__init__()
         self.contacts: list[Contact] = []
-        self.spreads: list[torch.Size] = []
+        self.made: list[torch.Size] = []
         self._own = {id(p) for p in parameters.values()}
         self._spreading = spreading
         self._copies = copies
@@ -109,6 +139,8 @@ class Tracer(Substituting):
         return any(x._version != version for x, version in self._watched)
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch._C._are_functorch_transforms_active():  # a network's own vmap or grad, whose tensors are its alone
+            return func(*args, **kwargs)
         kind = self._scan(args) | (self._scan(kwargs.values()) if kwargs else 0)
         if kind == _BOTH and torch.is_grad_enabled():
             return self._meet(func, args, kwargs)
@@ -116,7 +148,7 @@ class Tracer(Substituting):
         if kind & _DATA:
             _mark(args[0] if func is Tensor.__setitem__ else result, DATA)
         elif kind and torch.is_grad_enabled():
-            self._make(func, args, kwargs, result)
+            return self._make(func, args, kwargs, result)
         return result
 
     def _scan(self, values: Any) -> int:
@@ -125,23 +157,24 @@ class Tracer(Substituting):
             if isinstance(x, Tensor):
                 if DATA in x.__dict__:
                     found |= _DATA
-                elif x.requires_grad and (id(x) in self._own or MADE in x.__dict__):
-                    found |= _MADE
+                elif x.requires_grad:
+                    # What comes from where nothing is seen may well depend on the inputs.
+                    found |= _MADE if id(x) in self._own or MADE in x.__dict__ else _DATA
             elif isinstance(x, tuple | list):
                 found |= self._scan(x)
         return found
 
-    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Something was computed from parameters: to be looked for as well, or here they spread over inputs."""
-        if isinstance(result, Tensor) and id(result) in self._own:
-            return
-        if func in SPREADING:
-            self.spreads.append(result.shape)
-            if len(self.spreads) - 1 in self._spreading:
-                self._record(func, args, kwargs, result)
-                _mark(result, DATA)
-                return
-        _mark(result, MADE)
+        mark = MADE
+        if isinstance(result, Tensor):
+            if id(result) in self._own:
+                return result
+            self.made.append(result.shape)
+            if len(self.made) - 1 in self._spreading:
+                result, mark = self._record(func, args, kwargs, result), DATA
+        _mark(result, mark)
+        return result
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func not in _INPLACE:
@@ -166,6 +199,8 @@ class Tracer(Substituting):
                 kept.append(self._kept(x))
         results, out_spec = tree_flatten(result)
         with_gradient = [i for i, x in enumerate(results) if isinstance(x, Tensor) and x.requires_grad]
+        if len(with_gradient) > 1:  # one may be computed from another, as an LSTM cell's: apart from here on
+            results = [x.view_as(x) if i in with_gradient else x for i, x in enumerate(results)]
         if with_gradient:
             shapes = [results[i].shape for i in with_gradient]
             edges = [get_gradient_edge(results[i]) for i in with_gradient]
@@ -204,9 +239,6 @@ def _mark(result: Any, mark: str) -> None:
         _mark(list(result.values()), mark)
 
 
-SPREADING = {Tensor.expand, Tensor.repeat, torch.broadcast_to}
-"""Functions of parameters alone whose result may have a row for each input: a class token, learned queries."""
-
 _INPLACE = {
     Tensor.add_: torch.add,
     Tensor.__iadd__: torch.add,
@@ -228,6 +260,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """The fused kernels have neither second derivatives nor rules for vmap."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = query.new_zeros(()).where(attn_mask, float("-inf"))
     return torch._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
@@ -245,3 +279,27 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _opened(functional.multi_head_attention_forward),
 }
+
+
+# --- checkpoints ---
+# They hide what they run, refuse torch.autograd.grad (the reentrant ones) or expect to meet the same calls again (the
+# others). When a network is watched they just run it; there is no hook for that, and networks import by name.
+
+
+def _unless_watched(original: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        watched = any(isinstance(mode, Widening) for mode in _get_current_function_mode_stack())
+        return (plain if watched else original)(*args, **kwargs)
+
+    return chosen
+
+
+def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+_reentrant: Any = torch.utils.checkpoint.CheckpointFunction
+_reentrant.apply = staticmethod(_unless_watched(_reentrant.apply, lambda function, _, *args: function(*args)))
+torch.utils.checkpoint._checkpoint_without_reentrant_generator = _unless_watched(
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator, _nothing_around
+)
