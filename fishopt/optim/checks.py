@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +59,6 @@ def pair(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: pass a pair of numbers in [0, 1)")
     for i, beta in enumerate(value):
         number(f"{name}[{i}]", beta, high=1.0)
-
-
-def dense_gradients(groups: Iterable[dict[str, Any]], names: Mapping[Tensor, str]) -> None:
-    """Checks the gradients of all parameters.
-
-    Raises:
-        RuntimeError: If one is sparse, as torch.optim has it.
-    """
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(f"the gradient of {names[p]!r} is sparse; build the module with sparse=False")
 
 
 def closure(value: Any) -> None:
