@@ -92,6 +92,8 @@ def refuse_damaged(state_dict: Any) -> Iterator[None]:
         raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what state_dict() returned")
     try:
         yield
+    except KeyError as error:
+        raise ValueError(f"state_dict lacks {error}: it is damaged, or was edited; pass it whole") from error
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"state_dict is damaged, {type(error).__name__}: {error}; pass what state_dict() returned, whole"
@@ -124,7 +126,8 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         ValueError: If it is not.
     """
     for p, state in states.items():
-        shapes = dict.fromkeys(("step", "refreshes", *state), ()) | dict.fromkeys(
+        # Only what is ours: wrappers such as schedule-free's keep entries of their own there.
+        shapes = dict.fromkeys(("step", "refreshes"), ()) | dict.fromkeys(
             ("exp_avg", "fisher", "preconditioner"), tuple(p.shape)
         )
         for name, shape in shapes.items():

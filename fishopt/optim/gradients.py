@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fishopt.optim.averages import precision
 from fishopt.optim.buckets import Members
 
 MAX_SKIPPED = 10
@@ -87,15 +86,9 @@ def not_finite(members: Members, name_of: Mapping[Tensor, str]) -> list[str]:
 
 
 def _are_finite(grads: list[Tensor]) -> bool:
-    """By one look at each and one wait for the device; finite ones whose sum is not do not count as such."""
-    seen = [_sample(g) for g in grads]
-    # Sums are NaN or infinite if an entry is, and on a CPU take half the time of norms.
-    sums = (
-        [x.sum(dtype=precision(x)) for x in seen]
-        if all(x.device.type == "cpu" for x in seen)
-        else [x.to(grads[0].device) for x in torch._foreach_norm(seen, dtype=torch.float32)]
-    )
-    return math.isfinite(torch.stack(sums).sum().item())
+    """By one look at each and one wait for the device; finite ones too large to be squared do not count as such."""
+    norms = torch._foreach_norm([_sample(g) for g in grads])
+    return math.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum().item())
 
 
 def _sample(g: Tensor) -> Tensor:
