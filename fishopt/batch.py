@@ -215,15 +215,17 @@ def check_whole(model: nn.Module) -> None:
     Raises:
         TypeError: If they are spread over several processes.
     """
-    for name, p in model.named_parameters():
-        # By what it has: to import the class takes longer than the rest of fishopt.
-        if hasattr(p, "placements") or "_fsdp_wrapped_module" in name:
-            whole = name.replace("_fsdp_wrapped_module.", "")
-            raise TypeError(
-                f"model parameter {whole!r} is spread over processes (by fully_shard, FullyShardedDataParallel or "
-                "tensor parallelism), and its curvature needs all of it; wrap the model in "
-                "torch.nn.parallel.DistributedDataParallel instead"
-            )
+    for path, module in unwrapped(model).named_modules():
+        is_flat = getattr(module, "_is_fsdp_managed_module", False)
+        for name, p in module._parameters.items():
+            # By what it has: to import the class, DTensor, takes longer than all else here.
+            if p is not None and (is_flat or hasattr(p, "placements")):
+                whole = f"{path}.{name}".replace("_fsdp_wrapped_module.", "").removeprefix(".")
+                raise TypeError(
+                    f"model parameter {whole!r} is spread over processes (by fully_shard, FullyShardedDataParallel or "
+                    "tensor parallelism), and its curvature needs all of it; wrap the model in "
+                    "torch.nn.parallel.DistributedDataParallel instead"
+                )
 
 
 def _check_trainable(name: str, p: Tensor) -> None:

@@ -115,17 +115,17 @@ def _as_one(kind, loss, model, optimizer, other, reference):
 
 @worlds(2, 3)
 @both
-@pytest.mark.parametrize("family", LOSSES)
-def test_equals_one_process_on_the_union(kind, family):
-    loss = _loss(family)
-    model, other = DDP(_model()), _model()
-    options = {"estimator": "exact", "refresh_inputs": ALL, "refresh_every": 4}
-    optimizer, reference = _optimizer(kind, model, loss, **options), _optimizer(kind, other, loss, **options)
-    for step in range(15):
-        _step(model, optimizer, loss, _data(step, dist.get_rank(), family))
-        _step(other, reference, loss, _union(step, family))
-    _as_one(kind, loss, model, optimizer, other, reference)
-    _assert_alike(model, optimizer)
+def test_equals_one_process_on_the_union(kind):
+    for family in LOSSES:
+        loss = _loss(family)
+        model, other = DDP(_model()), _model()
+        options = {"estimator": "exact", "refresh_inputs": ALL, "refresh_every": 4}
+        optimizer, reference = _optimizer(kind, model, loss, **options), _optimizer(kind, other, loss, **options)
+        for step in range(15):
+            _step(model, optimizer, loss, _data(step, dist.get_rank(), family))
+            _step(other, reference, loss, _union(step, family))
+        _as_one(kind, loss, model, optimizer, other, reference)
+        _assert_alike(model, optimizer)
 
 
 @worlds(2)
@@ -245,7 +245,7 @@ def test_a_branch_that_one_process_takes(kind):
 # --- alike, though each has its own ---
 
 
-@worlds(2, 3)
+@worlds(3)
 @both
 @pytest.mark.parametrize("family", ["ce", "mse"])
 def test_processes_stay_alike(kind, family):
@@ -265,7 +265,7 @@ def test_processes_stay_alike(kind, family):
     _assert_alike(model, optimizer)
 
 
-@worlds(2, 3)
+@worlds(2)
 def test_each_process_draws_its_own_labels():
     """The variance is that of one label for each input of each process, the same inputs here."""
     size, loss = dist.get_world_size(), nn.CrossEntropyLoss()
@@ -355,7 +355,8 @@ def test_other_forwards_change_nothing():
         if rank == 0:
             model.module(x)
         optimizer.zero_grad()
-        (loss(model(x), y) + 0 * model.module(x).square().mean()).backward()
+        penalty = 0 * model.module(x).square().mean()  # first, so that its backward is the last
+        (loss(model(x), y) + penalty).backward()
         if rank == 1:
             model.module(x)
         optimizer.step()
@@ -424,7 +425,7 @@ def _faulty():
     return model, model.module[-1]
 
 
-@worlds(2, 3)
+@worlds(3)
 @both
 @pytest.mark.parametrize("how", ["raise", "nan"])
 @pytest.mark.parametrize("first", [0, 5])
@@ -662,7 +663,8 @@ def test_functions_for_distributed_checkpoints(kind, how, through_disk, dtype, t
     go_on(other, resumed, range(15, 45))
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert len(resumed._curvature.history) == 2
-    assert str(resumed.state_dict()["state"]) == str(optimizer.state_dict()["state"])
+    states = [one.state_dict()["state"] for one in (optimizer, resumed)]
+    assert len({str([sorted(own.items()) for own in state.values()]) for state in states}) == 1
 
 
 @both

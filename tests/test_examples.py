@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,21 @@ def test_digits(tmp_path, capsys):
     assert printed.rstrip().endswith(str((tmp_path / "digits.png").resolve()))
     for word in ("AdamW", "FisherAdam", "DiagonalNGD", "structural"):
         assert word in printed
+
+
+def test_distributed():
+    """As users start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*command, str(ROOT / "examples" / "distributed.py"), "--epochs", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("2 processes, training error 0.0") == 1
+    assert ran.stdout.count("FisherAdam") == 1
 
 
 def test_custom_likelihood_runs(capsys):

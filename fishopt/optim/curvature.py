@@ -112,7 +112,7 @@ class Curvature:
         world, attempt = World(group, next(self._model.parameters()).device), Attempt()
         generator = world.generator(self._generator)
         try:
-            # The processes meet at the seed, the choice, the sums and the mean, whatever has failed on one of them.
+            # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
             residuals = attempt(lambda: self._residuals(training.at_output))
             self._select(units, wanted, step, world, attempt, some)

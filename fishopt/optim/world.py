@@ -34,14 +34,16 @@ class World:
     def generator(self, shared: torch.Generator) -> torch.Generator:
         """This process's own source of randomness.
 
-        From the first process's, which alone decides: a run that is resumed from its checkpoint goes on as it would
-        have, even where each process started from another seed.
+        ``shared`` first becomes what the first process has, if each started from another seed: a checkpoint may be of
+        any of them, and the run that is resumed from it is to go on as it would have.
         """
         if self.size == 1:
             return shared
-        seed = torch.randint(2**62, (1,), generator=shared, device=shared.device).to(self._device)
-        dist.broadcast(seed, dist.get_global_rank(self._group, 0), group=self._group)
-        return torch.Generator(shared.device).manual_seed(int(seed) + self.rank)
+        state = shared.get_state().to(self._device)
+        dist.broadcast(state, dist.get_global_rank(self._group, 0), group=self._group)
+        shared.set_state(state.cpu())
+        seed = int(torch.randint(2**62, (), generator=shared, device=shared.device))
+        return torch.Generator(shared.device).manual_seed(seed + self.rank)
 
     def first(self, value: T | None) -> T | None:
         """The value of the first process that has one."""
