@@ -223,8 +223,8 @@ class FisherOptimizer(Copyable, ABC):
             transaction.on_failure(lambda: vars(self).update(before))
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
             restore_precision(state_dict, self.param_groups, self.state)
-            for group in self.param_groups:
-                group.update(self.defaults | group)  # for what a file of an older version lacks
+            for group, here in zip(self.param_groups, before["param_groups"], strict=True):
+                group.update(here | group)  # options that a file of an older version lacks stay
             self._steps, self._plan = own["steps"], None
             self._is_fresh, self._skipped = own["is_fresh"], Skipped(*own["skipped"])
             self._moment = Moment(*own["moment"])
