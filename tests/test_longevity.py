@@ -26,7 +26,7 @@ both = pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD]
 
 def test_a_killed_run_is_the_run_that_nobody_touched(tmp_path):
     """The small version of `make soak`."""
-    context, rng, name = soak.starter(), random.Random(0), "FisherAdam, dropout, BatchNorm, one cycle"
+    context, rng, name = soak.starter(), random.Random(0), "DiagonalNGD, dropout, BatchNorm, squared loss"
     alone, killed = tmp_path / "alone.pt", tmp_path / "killed.pt"
     soak.train_apart(context, name, 100, alone, 100)
     assert soak.interrupted(context, name, 100, killed, rng, kills=3, every=5) == 3
