@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo test lint types soak wheel clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py
@@ -16,6 +16,10 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+
+# Kills training 50 times, resumes it, and compares; a few minutes.
+soak: .venv/ready
+	$(BIN)/python -c 'from tests.soak import main; raise SystemExit(main())'
 
 wheel: .venv/ready
 	$(BIN)/python -m build --wheel

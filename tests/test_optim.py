@@ -561,6 +561,35 @@ def test_moving_the_model_and_replacing_its_data_is_followed(kind):
         torch.testing.assert_close(value, expected[name])
 
 
+@both
+def test_curvature_follows_running_statistics(kind):
+    """BatchNorm changes them without a trace in their version counters."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(8, 6) + 3
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", refresh_inputs=8)
+    for _ in range(4):
+        _train(model, optimizer, x, torch.arange(8) % 3, steps=1, batch=8)
+        expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+        record = Record(Arguments((x,)))
+        found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+        for name, value in found.diagonal.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@both
+def test_curvature_follows_data_changed_behind_autograds_back(kind):
+    """Of a parameter in half precision it keeps a copy."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)).bfloat16(), torch.randn(8, 6).bfloat16()
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", refresh_inputs=8)
+    optimizer.refresh(x)
+    model[0].weight.data.mul_(4.0)
+    record = Record(Arguments((x,)))
+    found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+    expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    torch.testing.assert_close(found.diagonal["0.weight"], expected["0.weight"])
+
+
 # --- failed refreshes ---
 
 

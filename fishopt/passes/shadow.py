@@ -125,15 +125,11 @@ class _Copy:
 
     def __init__(self, owner: nn.Module, name: str, copied: Tensor) -> None:
         self._owner, self._name, self._copied = owner, name, copied
-        self._seen: tuple[int, int, int] | None = None
 
+    @torch.no_grad()
     def update(self) -> None:
-        original = getattr(self._owner, self._name)
-        now = (id(original), original._version, self._copied._version)
-        if now != self._seen:
-            with torch.no_grad():
-                self._copied.copy_(original)
-            self._seen = (id(original), original._version, self._copied._version)
+        # Always: a tensor's version does not tell of what BatchNorm does to its running statistics, nor of `p.data`.
+        self._copied.copy_(getattr(self._owner, self._name))
 
 
 def _copies(model: nn.Module, copied: nn.Module) -> list[_Copy]:
