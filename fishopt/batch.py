@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fishopt.checks import check_dense, check_trainable
 from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass, unwrapped
 
@@ -134,8 +135,36 @@ class Batch:
 
     @property
     def coverage(self) -> Coverage:
-        """By which way each parameter's derivatives are found."""
-        return coverage_of(self.shadow, self.inputs)
+        """By which way each parameter's derivatives are found.
+
+        Raises:
+            ValueError: If the model overwrites its inputs, or what its gradient needs.
+            RuntimeError: As torch raises it.
+        """
+        if "keeps inputs" not in self.shadow.notes:
+            self._check_keeps_inputs()
+            self.shadow.notes["keeps inputs"] = True
+        try:
+            return coverage_of(self.shadow, self.inputs)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise ValueError(f"model overwrites what its gradient needs; use inplace=False there ({error})") from error
+
+    def _check_keeps_inputs(self) -> None:
+        """Inputs are used several times; a ReLU in place does no harm, since once is the same as twice.
+
+        Raises:
+            ValueError: If using them twice is not the same.
+        """
+        some = (self.inputs if self.structure.needs_all else self.inputs.first(2)).map(Tensor.clone)
+        before = some.map(Tensor.clone)
+        with torch.no_grad():
+            once, twice = self.shadow.run(some), self.shadow.run(some)
+        pairs = zip(before.leaves, some.leaves, strict=True)
+        kept = all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+        if not kept and not torch.equal(once, twice):
+            raise ValueError("model changes its inputs in place; use inplace=False in its first module")
 
     def chunks(self, names: Sequence[str], *, per_input: bool = False) -> Iterator[Chunk]:
         """Passes over the batch for the parameters ``names``, some inputs at a time so that memory is bounded.
@@ -150,6 +179,7 @@ class Batch:
             ValueError: If the network's output does not fit the likelihood.
         """
         if not names:
+            _ = self.structure  # which says so if the model cannot be run
             with torch.no_grad():
                 self._bound(self.shadow.run(self.inputs), slice(0, len(self)))
             return
@@ -205,7 +235,7 @@ def checked_model(model: Any) -> nn.Module:
         if p.is_meta:
             raise ValueError(f"model parameter {name!r} is on the meta device; give it values first, by model.to_empty")
         if p.requires_grad:
-            _check_trainable(name, p)
+            check_trainable(name, p)
     return model
 
 
@@ -226,14 +256,6 @@ def check_whole(model: nn.Module) -> None:
                     "tensor parallelism), and its curvature needs all of it; wrap the model in "
                     "torch.nn.parallel.DistributedDataParallel instead"
                 )
-
-
-def _check_trainable(name: str, p: Tensor) -> None:
-    if p.is_complex() or p.layout != torch.strided:
-        kind = "complex" if p.is_complex() else "sparse"
-        raise TypeError(f"model parameter {name!r} is {kind}; fishopt needs dense real parameters")
-    if p.is_inference():
-        raise ValueError(f"model parameter {name!r} was made in inference mode; build the model outside of it")
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -270,7 +292,7 @@ def checked_inputs(inputs: Any) -> Arguments:
     for x in listed:
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs holds a {type(x).__name__}; pass a tensor, or a tuple of them, one row per input")
-        _check_dense("inputs", x)
+        check_dense("inputs", x)
         if x.ndim == 0:
             raise ValueError("inputs holds a tensor without dimensions; pass one row per input")
     lengths = sorted({len(x) for x in listed})
@@ -285,26 +307,11 @@ def in_full_precision(inputs: Arguments) -> Arguments:
     """In half precision there are not the digits for a sum of squares; what inference mode made takes no part."""
 
     def widened(x: Tensor) -> Tensor:
-        _check_dense("inputs", x)
+        check_dense("inputs", x)
         x = x.clone() if x.is_inference() else x
         return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
     return inputs.map(widened)
-
-
-def _check_dense(name: str, x: Tensor) -> None:
-    """Checks for a tensor with values that can be computed with.
-
-    Raises:
-        TypeError: If it is sparse, nested, quantized or of fewer than 16 bits.
-        ValueError: If it is on the meta device.
-    """
-    if x.is_nested or x.layout != torch.strided:
-        raise TypeError(f"{name} holds a {'nested' if x.is_nested else 'sparse'} tensor; pass a dense one")
-    if x.is_quantized or (x.is_floating_point() and torch.finfo(x.dtype).bits < 16):
-        raise TypeError(f"{name} holds a tensor of type {x.dtype}; pass float32, or another that torch computes in")
-    if x.is_meta:
-        raise ValueError(f"{name} holds a tensor on the meta device, which has no values; pass one that has")
 
 
 def checked_targets(targets: Any, count: int) -> Tensor:
@@ -316,7 +323,7 @@ def checked_targets(targets: Any, count: int) -> Tensor:
     """
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets is a {type(targets).__name__}; pass a tensor with one label per input")
-    _check_dense("targets", targets)
+    check_dense("targets", targets)
     if targets.ndim == 0 or len(targets) != count:
         raise ValueError(f"targets has shape {tuple(targets.shape)} for {count} inputs; pass one label per input")
     return targets
@@ -342,16 +349,6 @@ def checked_generator(generator: Any) -> torch.Generator | None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator={generator!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
     return generator
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Checks for True or False: any other object would be taken for one of the two.
-
-    Raises:
-        TypeError: If it is something else.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: pass True or False")
 
 
 def checked_option(name: str, value: Any, known: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ ORDER = [
     "likelihoods",
     "passes",
     "groups",
+    "checks",
     "batch",
     "estimators",
     "variance",

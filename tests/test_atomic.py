@@ -34,7 +34,9 @@ def _backward(model, optimizer, step, scale=1.0):
 def _plain(value):
     """Without the clock's readings, and in a form that compares by value."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k != "seconds" and not (k == "fishopt" and isinstance(v, str))}
+        return {
+            k: _plain(v) for k, v in value.items() if k != "seconds" and not (k == "fishopt" and isinstance(v, str))
+        }
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value

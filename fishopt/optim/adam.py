@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import check_flag
+from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average

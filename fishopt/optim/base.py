@@ -198,7 +198,7 @@ class FisherOptimizer(Copyable, ABC):
             TypeError: If ``param_group`` is no dict, or holds something else than parameters.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"param_group={param_group!r}: pass a dict with an entry 'params'")
+            raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict with an entry 'params'")
         self._name_of = {p: name for name, p in self._model.named_parameters()}
         group = {**param_group, "params": members(param_group, self._name_of)}
         self._check_options({**self.defaults, **group})

@@ -32,7 +32,8 @@ def number(
     if infinite and isinstance(value, float) and value == math.inf:
         return
     shown = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    real = isinstance(shown, int | float) and not isinstance(shown, bool)
+    # Torch takes no whole number of more than 64 bits.
+    real = isinstance(shown, float) or (isinstance(shown, int) and abs(shown) < 2**63 and not isinstance(shown, bool))
     if not real or not (low < shown if above else low <= shown) or not shown < high:
         relation = ">" if above else ">="
         limit = "" if high == math.inf else f" and < {high:g}"
