@@ -1,4 +1,4 @@
-"""What could fool a look at a few inputs: gradients that vanish there, forwards that branch, rows that change places."""
+"""What could fool a look at a few inputs: gradients that vanish, forwards that branch, rows that change places."""
 
 import copy
 

@@ -1,8 +1,8 @@
 """By which way each parameter's derivatives are found: the fastest that was seen to be right.
 
 A way is believed once its squared gradients of single inputs agree with autograd's on some of the user's inputs: no
-list of modules that are known to work, and no promise that a network makes by its classes. Zeros are no evidence: where a
-gradient vanishes, as below a gate that starts at zero, the best way is taken until there is something to be seen.
+list of modules that are known to work, and no promise that a network makes by its classes. Zeros are no evidence: where
+a gradient vanishes, as below a gate that starts at zero, the best way is taken until there is something to be seen.
 """
 
 from __future__ import annotations
