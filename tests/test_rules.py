@@ -1,5 +1,7 @@
 """Every module with a rule, in all its options, against torch.func: no per-input gradient is taken on trust."""
 
+import math
+
 import pytest
 import torch
 from backpack import backpack, extend
@@ -10,6 +12,7 @@ from fishopt.passes.backpack import sum_grad_squared
 from fishopt.passes.traced import TracedPass
 from tests.asserts import assert_close
 from tests.engines import functional, is_ruled, traced
+from tests.networks import Net, parameter
 
 OPTIONS = [{}, {"bias": False}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 2}]
 MODULES = {
@@ -29,6 +32,57 @@ MODULES = {
     ),
     "depthwise": (lambda: nn.Conv2d(4, 8, 2, groups=4), (4, 3, 3)),
 }
+
+
+def _index(*shape):
+    """Tokens that come again, and some of the padding."""
+    return lambda n: torch.arange(n * math.prod(shape)).reshape(n, *shape).square() % 5
+
+
+def _with(forward, *shape):
+    return lambda: Net(forward, p=parameter(*shape))
+
+
+MODULES |= {
+    "layer_norm": (lambda: nn.LayerNorm(4), (4,)),
+    "layer_norm_sequence": (lambda: nn.LayerNorm(4, eps=0.1), (3, 4)),
+    "layer_norm_dims": (lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "layer_norm_no_bias": (lambda: nn.LayerNorm((3, 4), bias=False), (3, 4)),
+    "rms_norm": (lambda: nn.RMSNorm(4), (4,)),
+    "rms_norm_dims": (lambda: nn.RMSNorm((3, 4), eps=0.1), (2, 3, 4)),
+    "group_norm": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "group_norm_2d": (lambda: nn.GroupNorm(2, 4, eps=0.1), (4, 2, 3)),
+    "group_norm_instances": (lambda: nn.GroupNorm(4, 4), (4, 3)),
+    "embedding": (lambda: nn.Embedding(5, 3), _index()),
+    "embedding_sequence": (lambda: nn.Embedding(5, 3), _index(4)),
+    "embedding_grid": (lambda: nn.Embedding(5, 3), _index(2, 3)),
+    "embedding_padding": (lambda: nn.Embedding(5, 3, padding_idx=1), _index(4)),
+    "embedding_padding_from_the_end": (lambda: nn.Embedding(5, 3, padding_idx=-1), _index(4)),
+    "prelu": (lambda: nn.PReLU(), (4,)),
+    "prelu_channels": (lambda: nn.PReLU(4), (4, 3)),
+    "matmul": (_with(lambda m, x: x @ m.p, 4, 3), (4,)),
+    "matmul_sequence": (_with(lambda m, x: torch.matmul(x, m.p), 4, 3), (5, 4)),
+    "mm": (_with(lambda m, x: x.mm(m.p), 4, 3), (4,)),
+    "addmm_input": (_with(lambda m, x: torch.addmm(m.p, x, torch.ones(4, 3).to(x)), 3), (4,)),
+    "addmm_matrix": (_with(lambda m, x: torch.ones(3).to(x).addmm(x, m.p), 4, 3), (4,)),
+    "add": (_with(lambda m, x: x + m.p, 4), (4,)),
+    "add_from_the_left": (_with(lambda m, x: torch.add(m.p, x, alpha=-2), 4), (3, 4)),
+    "add_alpha": (_with(lambda m, x: x.add(m.p, alpha=3), 1, 3, 1), (3, 4)),
+    "add_scalar": (_with(lambda m, x: x + m.p), (3, 4)),
+    "add_widens": (_with(lambda m, x: x + m.p, 1, 3, 4), (1, 4)),
+    "add_in_place": (_with(lambda m, x: torch.tanh(x).add_(m.p, alpha=2), 4), (3, 4)),
+    "sub": (_with(lambda m, x: x - m.p, 3, 1), (3, 4)),
+    "sub_from": (_with(lambda m, x: torch.sub(m.p, x, alpha=2), 4), (3, 4)),
+    "sub_alpha": (_with(lambda m, x: torch.sub(x, m.p, alpha=2), 4), (3, 4)),
+    "mul": (_with(lambda m, x: x * m.p, 4), (3, 4)),
+    "mul_from_the_left": (_with(lambda m, x: m.p * x, 3, 1), (3, 4)),
+    "mul_scalar": (_with(lambda m, x: torch.mul(x, m.p)), (3, 4)),
+    "mul_widens": (_with(lambda m, x: x * m.p, 1, 3, 4), (1, 4)),
+    "mul_in_place": (_with(lambda m, x: torch.tanh(x).mul_(m.p), 1, 4), (3, 4)),
+    "expand": (_with(lambda m, x: m.p.expand(len(x), 3, 4), 1, 1, 4), (4,)),
+    "broadcast_to": (_with(lambda m, x: torch.broadcast_to(m.p, (len(x), 3, 4)), 3, 1), (4,)),
+    "repeat": (_with(lambda m, x: m.p.repeat(len(x), 1, 1), 3, 4), (4,)),
+}
 for _axes, _size in ((1, (6,)), (2, (5, 4)), (3, (3, 4, 3))):
     for _kind in (getattr(nn, f"Conv{_axes}d"), getattr(nn, f"ConvTranspose{_axes}d")):
         for _i, _options in enumerate(OPTIONS):
@@ -45,11 +99,13 @@ def _problem(name, inputs=3, dtype=torch.float64):
     if hasattr(module, "running_mean"):
         module.running_mean.uniform_(-1, 1)
         module.running_var.uniform_(0.5, 2)
-    x = torch.randn(inputs, *shape)
+    x = shape(inputs) if callable(shape) else torch.randn(inputs, *shape)
+    x = x.to(dtype) if x.is_floating_point() else x
     # Smooth above the module, so that its second derivatives do not vanish.
     model = nn.Sequential(module, nn.Tanh(), nn.Flatten())
-    model.append(nn.Linear(model(x).shape[1], 2))
-    return model.to(dtype), x.to(dtype)
+    model = model.to(dtype)
+    model.append(nn.Linear(model(x).shape[1], 2, dtype=dtype))
+    return model, x
 
 
 @pytest.mark.parametrize("elements", [1, 2**20], ids=["one_at_a_time", "together"])
@@ -87,7 +143,8 @@ def test_rules_in_float32(name):
     with traced(shadow, (x,), shadow.names) as through:
         expected = through.squared_vjp(columns)
     shadow = Shadow(model.float())
-    with traced(shadow, (x.float(),), shadow.names) as through:
+    x = x.float() if x.is_floating_point() else x
+    with traced(shadow, (x,), shadow.names) as through:
         found = through.squared_vjp(columns.float())
     for key, value in expected.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-4 * float(value.max()))

@@ -1,12 +1,14 @@
 """By which way each parameter's derivatives are found: the fastest that was seen to be right.
 
-A way is believed once its squared gradients of single inputs agree with autograd's on two of the user's inputs: no list
-of modules that are known to work, and no promise that a network makes by its classes.
+A way is believed once its squared gradients of single inputs agree with autograd's on some of the user's inputs: no
+list of modules that are known to work, and no promise that a network makes by its classes. Zeros are no evidence: where
+a gradient vanishes, as below a gate that starts at zero, the best way is taken until there is something to be seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +42,10 @@ TOLERANCE = 30
 """Agreement that is asked for, in roots of the rounding unit, relative to the gradients' norm."""
 
 
+MAX_TURNS = 3
+"""A network that took so often another way than before is not traced any more."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How a network's parameters are covered.
@@ -67,7 +73,8 @@ def coverage_of(shadow: Shadow, inputs: Arguments) -> Coverage:
     """The network's coverage; tried once, on a few of the inputs."""
     structure = shadow.structure(inputs)
     if "coverage" not in shadow.notes:
-        names = [name for name in shadow.names if name in structure.reached]
+        shadow.seen |= structure.reached
+        names = [name for name in shadow.names if name in shadow.seen]
         ways = dict.fromkeys(shadow.names, NONE)
         if structure.needs_all:
             found = Coverage(ways | dict.fromkeys(names, POOLED), None, 0)
@@ -79,25 +86,42 @@ def coverage_of(shadow: Shadow, inputs: Arguments) -> Coverage:
 
 
 def _cover(shadow: Shadow, inputs: Arguments, names: list[str], ways: dict[str, str]) -> Coverage:
-    two = inputs.first(2)
-    expected = _Expected(shadow, two, names)
-    trace, activations = _trace(shadow, inputs) if shadow.notes.get("turns", 0) < 3 else (None, 0)
+    # One of them twice: a network that sorts its inputs, or turns them round, cannot but change this order.
+    some = inputs.take(torch.tensor([0, 1, 0, 2]) % inputs.count)
+    expected = _Expected(shadow, some, names)
+    trace, activations = _trace(shadow, inputs) if shadow.turns < MAX_TURNS else (None, 0)
     rest = names
     if trace is not None:
         followed = [name for name in rest if name in trace.uses]
-        good = expected.agrees(lambda some: TracedPass(shadow, two, some, trace), followed)
-        for name in [name for name in followed if name not in good]:
-            trace.uses[name] = [use._replace(entry=None) for use in trace.uses[name]]
-        good += expected.agrees(
-            lambda some: TracedPass(shadow, two, some, trace), [n for n in followed if n not in good]
-        )
+        _without_rules(trace, [name for name in followed if shadow.proven.get(name) == CALL])
+        good = expected.agrees(lambda own: TracedPass(shadow, some, own, trace), followed)
+        others = [name for name in followed if name not in good]
+        _without_rules(trace, others)
+        good += expected.agrees(lambda own: TracedPass(shadow, some, own, trace), others)
         ways |= {name: CALL if any(use.entry is None for use in trace.uses[name]) else RULE for name in good}
         rest = [name for name in rest if name not in good]
     for way in (NETWORK, ROWS):
-        good = expected.agrees(partial(_ENGINES[way], shadow, two), rest)
+        good = expected.agrees(partial(_ENGINES[way], shadow, some), rest)
         ways |= dict.fromkeys(good, way)
         rest = [name for name in rest if name not in good]
-    return Coverage(ways | dict.fromkeys(rest, POOLED), trace, activations)
+    ways |= dict.fromkeys(rest, POOLED)
+    return Coverage(_remembered(shadow, ways, expected.telling if inputs.count > 1 else set()), trace, activations)
+
+
+def _without_rules(trace: Trace, names: Sequence[str]) -> None:
+    for name in names:
+        trace.uses[name] = [use._replace(entry=None) for use in trace.uses[name]]
+
+
+def _remembered(shadow: Shadow, ways: dict[str, str], certain: set[str]) -> dict[str, str]:
+    """The ways found, but none that was once seen to be wrong."""
+    order = list(WAYS)
+    for name, way in shadow.proven.items():
+        if ways.get(name, NONE) != NONE and (name not in certain or way == POOLED):
+            ways[name] = max(way, ways[name], key=order.index)
+    shadow.proven |= {name: ways[name] for name in certain}
+    shadow.in_doubt = not certain.issuperset(ways)
+    return ways
 
 
 def open_way(shadow: Shadow, inputs: Arguments, names: Sequence[str], way: str, coverage: Coverage) -> Pass:
@@ -119,11 +143,15 @@ _ENGINES: dict[str, Callable[[Shadow, Arguments, Sequence[str]], Pass]] = {
 
 
 class _Expected:
-    """Squared gradients of single inputs, by autograd and nothing else, for one random cotangent."""
+    """Squared gradients of single inputs, by autograd and nothing else, for one random cotangent.
+
+    Attributes:
+        telling: The parameters for which those of all inputs differ from zero.
+    """
 
     def __init__(self, shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> None:
         shadow.require(shadow.names)
-        with torch.enable_grad():
+        with torch.enable_grad(), _steady():
             h = shadow.run(inputs, Widening())
         noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self._column = noise.to(h).reshape(len(h), -1)
@@ -135,13 +163,22 @@ class _Expected:
             found = torch.autograd.grad(h, own, cotangent.reshape(h.shape), retain_graph=True, allow_unused=True)
             for name, p, g in zip(names, own, found, strict=True):
                 self._squares[name].append(torch.zeros_like(p) if g is None else g.square())
+        self.telling = {name for name, squares in self._squares.items() if all(bool(x.any()) for x in squares)}
 
     def agrees(self, build: Callable[[list[str]], Pass], names: Sequence[str]) -> list[str]:
-        """Those of ``names`` for which a pass gives the same."""
+        """Those of ``names`` for which a pass gives the same.
+
+        Raises:
+            MemoryError: If there is not the memory. Or an OutOfMemoryError.
+            OutOfMemoryError: See above.
+        """
         if not names:
             return []
         try:
-            through = build(list(names))
+            with _steady():
+                through = build(list(names))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # noqa: BLE001 - whatever a network does to this way, there is another
             return []
         with through:
@@ -149,7 +186,10 @@ class _Expected:
 
     def _is_right(self, through: Pass, name: str) -> bool:
         try:
-            found: Diagonal = through.squared_vjp(self._column[None], names=[name], per_input=True)
+            with _steady():
+                found: Diagonal = through.squared_vjp(self._column[None], names=[name], per_input=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # noqa: BLE001 - as above
             return False
         expected = torch.stack(self._squares[name])
@@ -157,6 +197,15 @@ class _Expected:
             return False
         allowed = TOLERANCE * torch.finfo(expected.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected)
         return bool(torch.linalg.vector_norm(found[name] - expected) <= allowed)
+
+
+@contextmanager
+def _steady() -> Iterator[None]:
+    """The same random numbers each time, for a network that draws some; the user's generators are left alone."""
+    here = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(here):
+        torch.manual_seed(0)
+        yield
 
 
 # --- where parameters meet data ---

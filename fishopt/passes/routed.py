@@ -9,25 +9,38 @@ from torch import Tensor
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.backward import OtherPathError
-from fishopt.passes.base import Diagonal, Pass, Sketch
-from fishopt.passes.coverage import CALL, NONE, RULE, Coverage, coverage_of, open_way
+from fishopt.passes.base import CoupledInputsError, Diagonal, Pass, Sketch
+from fishopt.passes.coverage import CALL, NONE, POOLED, ROWS, RULE, Coverage, coverage_of, open_way
 from fishopt.passes.shadow import Shadow
 
 
 def open_pass(shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> Pass:
-    """Takes ``inputs`` forward, for each of ``names`` by the best way that was seen to be right."""
+    """Takes ``inputs`` forward, for each of ``names`` by the best way that was seen to be right.
+
+    Raises:
+        CoupledInputsError: If they turn out to be coupled where the way before counted on that they are not.
+    """
+    pooled: set[str] | None = None
     while True:
+        coverage = coverage_of(shadow, inputs)
+        ways = _sorted(names, coverage)
+        now = set(ways.get(POOLED, ()))
+        if pooled is not None and not now <= pooled:
+            # The cotangents were chosen for derivatives per input, which these do not have; the next ones will not be.
+            raise CoupledInputsError("model took another way than before, on which it couples the inputs of a batch")
+        pooled = now
         try:
-            coverage = coverage_of(shadow, inputs)
-            ways = _sorted(names, coverage)
             if len(ways) == 1 and NONE not in ways:
                 return open_way(shadow, inputs, names, next(iter(ways)), coverage)
             return RoutedPass(shadow, inputs, ways, coverage)
         except OtherPathError:
             # Looked at anew with these inputs; a network that turns again and again is not traced any more.
-            turns = shadow.notes.get("turns", 0) + 1
+            shadow.turns += 1
             shadow.forget()
-            shadow.notes["turns"] = turns
+        except CoupledInputsError:
+            shadow.proven |= dict.fromkeys(ways.get(ROWS, ()), POOLED)
+            shadow.forget()
+            raise
 
 
 def _sorted(names: Sequence[str], coverage: Coverage) -> dict[str, list[str]]:
@@ -36,6 +49,23 @@ def _sorted(names: Sequence[str], coverage: Coverage) -> dict[str, list[str]]:
         way = coverage.ways[name]
         ways.setdefault(RULE if way == CALL else way, []).append(name)
     return ways
+
+
+def _check_unused(shadow: Shadow, inputs: Arguments, names: Sequence[str]) -> None:
+    """Looks whether the output depends on these parameters now, as on an expert that is asked for the first time.
+
+    Raises:
+        OtherPathError: If it does.
+    """
+    shadow.require(shadow.names)
+    with torch.enable_grad():
+        h = shadow.run(inputs)
+    own = [shadow.parameters[name] for name in names]
+    found = torch.autograd.grad(h, own, torch.ones_like(h), allow_unused=True)
+    used = [name for name, g in zip(names, found, strict=True) if g is not None]
+    if used:
+        shadow.seen |= set(used)
+        raise OtherPathError(f"the output depends on {used[0]} for the first time")
 
 
 class RoutedPass(Pass):
@@ -52,6 +82,8 @@ class RoutedPass(Pass):
         self.names = tuple(name for names in ways.values() for name in names)
         self._shadow, self._count = shadow, inputs.count
         self._way_of = {name: way for way, names in ways.items() for name in names}
+        if NONE in ways and RULE not in ways:  # a trace would have told
+            _check_unused(shadow, inputs, ways[NONE])
         self._engines = {
             way: open_way(shadow, inputs, names, way, coverage) for way, names in ways.items() if way != NONE
         }

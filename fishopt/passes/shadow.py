@@ -33,7 +33,11 @@ class Shadow:
     Attributes:
         module: The copy.
         changes_in_place: Set once its forward was seen to change in place what a pass has to keep.
-        notes: For what the ways through the network find out about it.
+        notes: For what the ways through the network find out about it, until that is to be found out anew.
+        turns: How often the network took another way than before.
+        seen: The parameters that its output ever depended on.
+        proven: Parameter -> the way that was seen to be right where there was something to be seen.
+        in_doubt: Whether there is a parameter of which nothing was seen yet, its gradient being zero.
 
     Args:
         model: The user's network; wrappers by `torch.compile` and data parallelism are looked through.
@@ -46,6 +50,11 @@ class Shadow:
         self._structure: Structure | None = None
         self.changes_in_place = False
         self.notes: dict[Any, Any] = {}
+        self.turns = 0
+        self.seen: frozenset[str] = frozenset()
+        self.proven: dict[str, str] = {}
+        self.in_doubt = False
+        self._syncs = 0
         self._originals = dict(self._model.named_parameters())
         self.module = _shadow_of(self._model)
         self._looks = [(module, _look(module)) for module in self._model.modules()]
@@ -81,9 +90,15 @@ class Shadow:
         return all(_look(module) == look for module, look in self._looks)
 
     def sync(self) -> None:
-        """Takes over what the original's buffers and half precision parameters have become."""
+        """Takes over what the original's buffers and half precision parameters have become.
+
+        While something is in doubt the network is looked at anew, after ever more batches.
+        """
         for one in self._copies:
             one.update()
+        self._syncs += 1
+        if self.in_doubt and self._syncs.bit_count() == 1:
+            self.forget()
 
     def require(self, names: Sequence[str]) -> None:
         """Lets these of the copy's parameters have gradients, and no others."""

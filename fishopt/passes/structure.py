@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fishopt.passes.arguments import Arguments
 
@@ -227,7 +227,9 @@ class _Graph:
     def _bit(self, node: Any) -> int:
         if node is None or not hasattr(node, "variable"):
             return 0
-        self.has_strangers = self.has_strangers or id(node.variable) not in self._bits
+        # A leaf that the forward made, to differentiate in it, is no parameter.
+        stranger = isinstance(node.variable, nn.Parameter) and id(node.variable) not in self._bits
+        self.has_strangers = self.has_strangers or stranger
         return self._bits.get(id(node.variable), 0)
 
     def _separable(self, outputs: Tensor) -> int:
