@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from fishopt.checks import check_dense, check_trainable
+from fishopt.checks import check_dense, checked_model, checked_targets
 from fishopt.likelihoods import Likelihood, as_likelihood
-from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass, unwrapped
+from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass
 
 MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
@@ -216,67 +215,6 @@ class Batch:
         return likelihood, h
 
 
-def checked_model(model: Any) -> nn.Module:
-    """The model, if curvature can be computed for it.
-
-    Raises:
-        TypeError: If it is not a module, is compiled by TorchScript, or has sparse or complex parameters.
-        ValueError: If nothing in it is trainable, it has parameters without values, or it couples inputs.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: pass the torch.nn.Module itself, not its parameters")
-    _check_parts(model)
-    check_whole(model)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model has no trainable parameter; set requires_grad on what is to be trained")
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise ValueError(f"model parameter {name!r} is not initialized; run one forward pass first")
-        if p.is_meta:
-            raise ValueError(f"model parameter {name!r} is on the meta device; give it values first, by model.to_empty")
-        if p.requires_grad:
-            check_trainable(name, p)
-    return model
-
-
-def check_whole(model: nn.Module) -> None:
-    """Whether this process has all of a model's parameters.
-
-    Raises:
-        TypeError: If they are spread over several processes.
-    """
-    for path, module in unwrapped(model).named_modules():
-        is_flat = getattr(module, "_is_fsdp_managed_module", False)
-        for name, p in module._parameters.items():
-            # By what it has: to import the class, DTensor, takes longer than all else here.
-            if p is not None and (is_flat or hasattr(p, "placements")):
-                whole = f"{path}.{name}".replace("_fsdp_wrapped_module.", "").removeprefix(".")
-                raise TypeError(
-                    f"model parameter {whole!r} is spread over processes (by fully_shard, FullyShardedDataParallel or "
-                    "tensor parallelism), and its curvature needs all of it; wrap the model in "
-                    "torch.nn.parallel.DistributedDataParallel instead"
-                )
-
-
-def _check_parts(model: nn.Module) -> None:
-    for path, module in unwrapped(model).named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise TypeError(
-                f"model part {path!r} is in DistributedDataParallel, and model as a whole is not; wrap it as a whole, "
-                "or pass that part"
-            )
-        if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
-            what = f"model part {path!r}" if path else "model"
-            raise TypeError(f"{what} is a ScriptModule, which cannot be copied with shared weights; use the nn.Module")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"model part {path!r} normalises by the batch in eval mode too, which couples inputs; build it with "
-                "track_running_stats=True"
-            )
-        if getattr(module, "sparse", False) is True:
-            raise TypeError(f"model part {path!r} has sparse gradients; build it with sparse=False")
-
-
 def checked_inputs(inputs: Any) -> Arguments:
     """The network's arguments: tensors of the same length.
 
@@ -312,51 +250,3 @@ def in_full_precision(inputs: Arguments) -> Arguments:
         return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
     return inputs.map(widened)
-
-
-def checked_targets(targets: Any, count: int) -> Tensor:
-    """The data's labels, if there is one for each input.
-
-    Raises:
-        TypeError: If they are not a tensor.
-        ValueError: If there are more or fewer.
-    """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets is a {type(targets).__name__}; pass a tensor with one label per input")
-    check_dense("targets", targets)
-    if targets.ndim == 0 or len(targets) != count:
-        raise ValueError(f"targets has shape {tuple(targets.shape)} for {count} inputs; pass one label per input")
-    return targets
-
-
-def checked_samples(samples: Any) -> int:
-    """The number of labels per input.
-
-    Raises:
-        ValueError: If it is not a whole number of at least 1.
-    """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: pass a whole number of labels per input, 1 or more")
-    return samples
-
-
-def checked_generator(generator: Any) -> torch.Generator | None:
-    """The source of randomness, None for torch's own.
-
-    Raises:
-        TypeError: If it is something else.
-    """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator={generator!r}: pass a torch.Generator, such as torch.Generator().manual_seed(0)")
-    return generator
-
-
-def checked_option(name: str, value: Any, known: Sequence[str]) -> str:
-    """``value`` if it is one of ``known``.
-
-    Raises:
-        ValueError: Naming the argument, the value and what is known.
-    """
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; pass one of {', '.join(map(repr, known))}")
-    return value

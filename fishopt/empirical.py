@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_inputs, checked_targets
+from fishopt.batch import Batch, apart, checked_inputs
+from fishopt.checks import checked_targets
 from fishopt.likelihoods import unit_columns
 from fishopt.passes import Diagonal, add
 

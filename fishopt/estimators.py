@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_generator, checked_option, checked_samples
+from fishopt.batch import Batch, apart
+from fishopt.checks import checked_generator, checked_option, checked_samples
 from fishopt.likelihoods import Likelihood
 from fishopt.likelihoods.base import uniform
 from fishopt.passes import Coverage, Diagonal, Sketch, Structure, add

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_option
+from fishopt.batch import Batch, apart
+from fishopt.checks import checked_option
 from fishopt.estimators import EXACT_UP_TO
 from fishopt.groups import Groups, UserGroups, layers, named_groups
 from fishopt.likelihoods import unit_columns

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_option
-from fishopt.checks import check_flag
+from fishopt.batch import Batch, apart
+from fishopt.checks import check_flag, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
 from fishopt.passes import Pass

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart, checked_option, checked_samples
-from fishopt.checks import check_flag
+from fishopt.batch import Batch, apart
+from fishopt.checks import check_flag, checked_option, checked_samples
 from fishopt.likelihoods import Interval, Likelihood, unit_columns
 from fishopt.passes import Diagonal, Pass, Sketch, add
 

@@ -39,7 +39,8 @@ def _loaded(value):
 
 def _plain(value):
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k != "seconds"}
+        kept = {k: v for k, v in value.items() if k != "seconds" and not (k == "fishopt" and isinstance(v, str))}
+        return {k: _plain(v) for k, v in kept.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import checked_inputs, checked_model, checked_option
+from fishopt.batch import checked_inputs
+from fishopt.checks import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
-from fishopt.optim import checkpoint, checks
+from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
-from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
 from fishopt.optim.noise import training_likelihood
-from fishopt.optim.portable import from_copy, is_trial, make_room, with_copy
+from fishopt.optim.portable import is_trial, make_room
 from fishopt.optim.recorder import Record, Recorder
+from fishopt.optim.resuming import Resumable
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
 from fishopt.report import Report, Row
@@ -35,7 +36,7 @@ EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
 
 
-class FisherOptimizer(Copyable, ABC):
+class FisherOptimizer(Resumable, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
 
     _scalars: tuple[str, ...] = ()  # what the rule keeps of a parameter besides tensors of its shape
@@ -206,50 +207,6 @@ class FisherOptimizer(Copyable, ABC):
         self._plan = None
         if hasattr(self, "_recorder"):
             self._recorder.wants_gradient = self._wants_gradient()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
-        state = super().state_dict()
-        state["fishopt"] = {
-            "version": checkpoint.VERSION,
-            **checkpoint.identity(self, self._name_of),
-            "steps": self._steps,
-            "is_fresh": self._is_fresh,
-            "skipped": list(self._skipped),
-            "moment": list(self._moment),
-            "seconds": self._seconds,
-            "curvature": self._curvature.state_dict(),
-        }
-        return with_copy(state)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, of this fishopt or an older one; all of it or nothing.
-
-        Raises:
-            ValueError: If it is another kind of optimizer's, another model's, or a newer fishopt's, or is damaged.
-            TypeError: If it is no dict.
-        """
-        before = dict(vars(self))
-        with checkpoint.refuse_damaged(state_dict), Transaction() as transaction:
-            state_dict = from_copy(state_dict)
-            own = checkpoint.read(state_dict, checkpoint.identity(self, self._name_of))
-            checkpoint.check_values(own)
-            transaction.on_failure(self._curvature.restorer())
-            transaction.on_failure(lambda: vars(self).update(before))
-            super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishopt"})
-            checkpoint.restore_precision(state_dict, self.param_groups, self.state)
-            checkpoint.check_states(self.state, self._name_of)
-            for group, old in zip(self.param_groups, before["param_groups"], strict=True):
-                for name in self.defaults.keys() & old.keys():
-                    group.setdefault(name, old[name])  # a file from before there was the option lacks it
-                self._check_options(group)
-            self._steps, self._plan = own["steps"], None
-            self._is_fresh, self._skipped = own["is_fresh"], Skipped(*own["skipped"])
-            self._moment = Moment(*own["moment"])
-            self._seconds, self._started = own["seconds"], None
-            self._curvature.load_state_dict(own["curvature"])
-            self._recorder.wants_gradient = self._wants_gradient()
-            transaction.commit()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishopt.batch import checked_option
-from fishopt.checks import check_flag
+from fishopt.checks import check_flag, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.optim.averages import precision
 from fishopt.optim.checks import number, whole

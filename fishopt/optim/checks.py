@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishopt.batch import checked_generator
+from fishopt.checks import checked_generator
 
 
 def number(

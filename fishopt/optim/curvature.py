@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import NonFiniteError, apart, check_whole
+from fishopt.batch import NonFiniteError, apart
+from fishopt.checks import check_whole
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
