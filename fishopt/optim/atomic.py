@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+
 
 class Transaction:
     """Undoes what is half done if an exception ends it; once it commits, Ctrl-C waits until it is through.
@@ -20,6 +22,7 @@ class Transaction:
         self._undos: list[Callable[[], None]] = []
         self._handler: Callable[[int, FrameType | None], Any] | None = None
         self._held: tuple[int, FrameType | None] | None = None
+        self._grad_mode = torch.is_grad_enabled()
 
     def __enter__(self) -> Self:
         return self
@@ -42,6 +45,8 @@ class Transaction:
             while self._undos:
                 self._undos.pop()()
         finally:
+            # An interrupt can come between a context manager's switching the mode and its being entered.
+            torch.set_grad_enabled(self._grad_mode)
             if self._handler is not None:
                 _signal.signal(_signal.SIGINT, self._handler)
                 if self._held is not None:

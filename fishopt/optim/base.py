@@ -113,7 +113,6 @@ class FisherOptimizer(Resumable, ABC):
 
     # --- torch.optim's interface ---
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refreshes the curvature if it is due, then updates the parameters.
 
@@ -136,10 +135,10 @@ class FisherOptimizer(Resumable, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._can_step():
-            self._recorder.start_anew()
-            return loss
-        with Transaction() as transaction:
+        with Transaction() as transaction, torch.no_grad():
+            if not self._can_step():
+                self._recorder.start_anew()
+                return loss
             estimate = self._estimate(self._last_record(), transaction) if self._is_due() else None
             transaction.commit()
             unscale_gradients(self)
@@ -158,7 +157,6 @@ class FisherOptimizer(Resumable, ABC):
         super().zero_grad(set_to_none)
         self._recorder.start_anew()
 
-    @torch.no_grad()
     def refresh(self, *inputs: Tensor, **named: Tensor) -> None:
         """Refreshes the curvature now, from these inputs; the next `step` then does not.
 
@@ -183,7 +181,7 @@ class FisherOptimizer(Resumable, ABC):
             record = recorded
         else:
             record = Record(given, group=recorded and recorded.group)
-        with Transaction() as transaction:
+        with Transaction() as transaction, torch.no_grad():
             estimate = self._estimate(record, transaction)
             transaction.commit()
             if estimate is not None:
