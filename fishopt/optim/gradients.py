@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from fishopt.optim.averages import precision
 from fishopt.optim.buckets import Members
 
 MAX_SKIPPED = 10
@@ -70,21 +69,22 @@ def refuse_sparse(members: Members, name_of: Mapping[Tensor, str]) -> None:
                 raise RuntimeError(f"the gradient of {name_of[p]!r} is sparse; build the module with sparse=False")
 
 
-def not_finite(members: Members, name_of: Mapping[Tensor, str]) -> list[str]:
-    """The names of the parameters whose gradients are NaN or infinite."""
+def not_finite(members: Members, name_of: Mapping[Tensor, str], *, may_wait: Callable[[], bool]) -> list[str]:
+    """The names of the parameters whose gradients are NaN or infinite.
+
+    On a CPU. On other devices only a step that waits for them anyway can tell: the others do not look.
+
+    Args:
+        members: The parameters with gradients.
+        name_of: Their names.
+        may_wait: Whether it is such a step.
+    """
     grads = [p.grad for _, params in members for p in params if p.grad is not None]
-    if not grads or _are_finite(grads):
+    if not grads or not (all(g.is_cpu for g in grads) or may_wait()):
         return []
+    norms = [norm.cpu() for norm in torch._foreach_norm(grads)]
+    if math.isfinite(torch.stack(norms).numpy().sum()):
+        return []
+    # The square of a large number is infinite, too; the number itself is not.
     listed = [p for _, params in members for p in params]
     return [name_of[p] for p in listed if p.grad is not None and not p.grad.isfinite().all()]
-
-
-def _are_finite(grads: list[Tensor]) -> bool:
-    """By one look at each and one wait for the device; finite ones whose sum is not do not count as such."""
-    # Sums are NaN or infinite if an entry is, and on a CPU take half the time of norms.
-    sums = (
-        [g.sum(dtype=precision(g)) for g in grads]
-        if all(g.device.type == "cpu" for g in grads)
-        else [x.to(grads[0].device) for x in torch._foreach_norm(grads, dtype=torch.float32)]
-    )
-    return math.isfinite(torch.stack(sums).sum().item())
