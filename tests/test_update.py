@@ -389,26 +389,20 @@ def test_parts_hold_each_entry_once_and_are_cut_alike(monkeypatch):
 # --- both ---
 
 
-class _Reads(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
+class _NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read on the host"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_one_number_is_read_on_the_host(kind):
-    """Whether all gradients are finite, once, however many they are."""
+def test_nothing_is_read_on_the_host(kind):
     model = Bag()
     optimizer = _optimizer(model, kind, weight_decay=0.1)
     for step in range(3):
         _set_gradients(model, step)
-        with _Reads() as reads:
+        with _NoSync():
             optimizer.step()
-        assert reads.count == 1
 
 
 class _Count(TorchDispatchMode):
@@ -433,7 +427,7 @@ def test_operations_do_not_grow_with_the_number_of_parameters(kind):
                 optimizer.step()
         counts.append(count.calls)
     assert counts[0] == counts[1]
-    assert counts[0] <= 24
+    assert counts[0] <= 18
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -297,12 +297,12 @@ class FisherOptimizer(Resumable, ABC):
         return self._plan
 
     def _can_step(self) -> bool:
-        """Whether all gradients are finite; a GradScaler has looked already."""
+        """Whether all gradients are finite, as far as it is seen; a GradScaler has looked already."""
         members = with_gradient(self.param_groups)
         refuse_sparse(members, self._name_of)
         if getattr(self, "found_inf", None) is not None:
             return not has_overflowed(self)
-        bad = not_finite(members, self._name_of)
+        bad = not_finite(members, self._name_of, may_wait=self._is_due)
         if bad:
             self._skipped = self._skipped.after(bad)
         return not bad

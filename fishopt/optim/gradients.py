@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -76,19 +76,25 @@ def refuse_sparse(members: Members, name_of: Mapping[Tensor, str]) -> None:
                 raise RuntimeError(f"the gradient of {name_of[p]!r} is sparse; build the module with sparse=False")
 
 
-def not_finite(members: Members, name_of: Mapping[Tensor, str]) -> list[str]:
-    """The names of the parameters whose gradients are NaN or infinite."""
+def not_finite(members: Members, name_of: Mapping[Tensor, str], *, may_wait: Callable[[], bool]) -> list[str]:
+    """The names of the parameters whose gradients are NaN or infinite.
+
+    On a CPU. On other devices only a step that waits for them anyway can tell: the others do not look.
+
+    Args:
+        members: The parameters with gradients.
+        name_of: Their names.
+        may_wait: Whether it is such a step.
+    """
     grads = [p.grad for _, params in members for p in params if p.grad is not None]
-    if not grads or _are_finite(grads):
+    if not grads or not (all(g.is_cpu for g in grads) or may_wait()):
         return []
+    norms = [norm.cpu() for norm in torch._foreach_norm([_sample(g) for g in grads])]
+    if math.isfinite(torch.stack(norms).numpy().sum()):
+        return []
+    # The square of a large number is infinite, too; the number itself is not.
     listed = [p for _, params in members for p in params]
     return [name_of[p] for p in listed if p.grad is not None and not p.grad.isfinite().all()]
-
-
-def _are_finite(grads: list[Tensor]) -> bool:
-    """By one look at each and one wait for the device; finite ones too large to be squared do not count as such."""
-    norms = torch._foreach_norm([_sample(g) for g in grads])
-    return math.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum().item())
 
 
 def _sample(g: Tensor) -> Tensor:
