@@ -685,6 +685,8 @@ def test_loading_is_all_or_nothing(kind):
         _refuses(optimizer, _damaged(good, path, "junk"), "state.dict|lr=|estimator=|maximize=|weight_decay=")
     for path, value, match in WRONG:
         _refuses(optimizer, _damaged(good, path, value), match)
+    if kind is fishopt.DiagonalNGD:
+        _refuses(optimizer, _damaged(good, ("state", 0, "peak"), "junk"), "'0.weight': peak=")
     untouched, other = copy.deepcopy(pair)
     for trained, by in ((model, optimizer), (untouched, other)):
         by.zero_grad()

@@ -126,10 +126,12 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         ValueError: If it is not.
     """
     for p, state in states.items():
-        # Only what is ours: wrappers such as schedule-free's keep entries of their own there.
-        shapes = dict.fromkeys(("step", "refreshes"), ()) | dict.fromkeys(
-            ("exp_avg", "fisher", "preconditioner"), tuple(p.shape)
-        )
+        own = dict.fromkeys(("exp_avg", "fisher", "preconditioner"), tuple(p.shape))
+        shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
+        if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
+            continue
+        if "peak" in state:
+            shapes["peak"] = ()
         for name, shape in shapes.items():
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
