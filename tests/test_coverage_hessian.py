@@ -19,7 +19,16 @@ from tests.asserts import assert_close
 from tests.test_coverage import arguments, built
 
 SMALL = [
-    *("sdpa_mask", "attention_padding", "resnet", "paddings", "frames", "lstm", "gru_time_first", "rnncell_loop"),
+    *(
+        "checkpoint_attention",
+        "attention_padding",
+        "resnet",
+        "paddings",
+        "frames",
+        "lstm",
+        "gru_time_first",
+        "rnncell_loop",
+    ),
     *("packed", "siamese_joined", "siamese_alternating", "scale", "matmul", "einsum", "bilinear", "shared", "unused"),
     *("weight_norm", "orthogonal", "lora", "merged_zero", "old_function", "new_function", "vmap", "checkpoint"),
 ]
@@ -27,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", [*SMALL, "language_model", "lstm_deep", "coupled", "written_in"])
+@pytest.mark.parametrize("name", [*SMALL, "sdpa_mask", "language_model", "lstm_deep", "coupled", "written_in"])
 def test_a_finite_choice_and_its_reason(name, criterion):
     network, model = built(name)
     batch = Batch(Shadow(model, network.readout), arguments(network, 4), Categorical())
@@ -97,7 +106,7 @@ def test_pooled_parameters_have_no_second_derivatives_and_say_so(name):
 
 
 def test_i2_in_one_call_on_any_of_them():
-    for name in ("sdpa_mask", "gru", "packed", "old_function", "coupled"):
+    for name in ("language_model", "gru", "packed", "old_function", "coupled"):
         network, model = built(name)
         inputs = tuple(x.double() if x.is_floating_point() else x for x in network.inputs(4))
         found = fishopt.fisher_diagonal(model, inputs, "gaussian", estimator="I2")
