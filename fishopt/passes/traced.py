@@ -19,6 +19,7 @@ from fishopt.passes.backward import Backward, Cotangents
 from fishopt.passes.base import (
     SKETCH_COST,
     Diagonal,
+    NoSecondDerivativesError,
     Sketch,
     cost_with,
     second_derivatives,
@@ -32,6 +33,7 @@ from fishopt.passes.gradients import (
     weighted_product_squares,
     weighted_squares,
 )
+from fishopt.passes.rowwise import RowwisePass
 
 
 class TracedPass(Backward):
@@ -171,8 +173,12 @@ class TracedPass(Backward):
         if sketch is None and self._chain is not None:
             with suppress(RuntimeError, AssertionError):
                 return self._chain.hessian_diagonal(self._inputs, names, cotangent, per_input=per_input)
-        functional = FunctionalPass(self._shadow, self._inputs, names)
-        return functional.hessian_diagonal(cotangent, per_input=per_input, sketch=sketch)
+        with suppress(NoSecondDerivativesError):
+            functional = FunctionalPass(self._shadow, self._inputs, names)
+            return functional.hessian_diagonal(cotangent, per_input=per_input, sketch=sketch)
+        # What torch.func cannot follow, elsewhere in the network, may have second derivatives all the same.
+        rowwise = RowwisePass(self._shadow, self._inputs, names)
+        return rowwise.hessian_diagonal(cotangent, per_input=per_input, sketch=sketch)
 
     @cached_property
     def _chain(self) -> Chain | None:
