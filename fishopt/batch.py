@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ def apart() -> Iterator[None]:
 
     Also a decorator.
     """
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
+    with ExitStack() as left:
+        # Only where it is on: leaving it brings back the grad mode of then, which after an interrupt would come late.
+        if torch.is_inference_mode_enabled():
+            left.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                left.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

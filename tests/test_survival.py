@@ -150,6 +150,36 @@ def test_finite_gradients_whose_sum_is_not_are_taken(kind):
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_any_dtype_are_looked_at(kind, dtype):
+    """Also next to others, and where the norm of finite ones does not fit into their dtype."""
+    model, optimizer = _start(kind)
+    model.last.to(dtype)
+    model.in_training = model.in_eval = Cast(dtype)
+    for bad in (False, True):
+        model(_batch(0)[0]).float().square().sum().backward()
+        model.last.weight.grad.fill_(3e4)
+        model.first.weight.grad[0, 0] = math.nan if bad else 0.0
+        if bad:
+            with pytest.warns(RuntimeWarning, match="'first.weight' is NaN"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert (optimizer.report().steps, optimizer.report().skipped) == (1, 1)
+
+
+class Cast(nn.Module):
+    """To half precision in training; curvature's copy of the layer is in float32."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, h):
+        return h.to(self.dtype) if self.training else h
+
+
+@both
 def test_skipped_steps_are_in_checkpoints_and_copies(kind):
     model, optimizer = _start(kind)
     with pytest.warns(RuntimeWarning, match="skipped"):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -152,34 +153,28 @@ class CoupledInputsError(ValueError):
 @contextmanager
 def quiet_fallbacks() -> Iterator[None]:
     """Without torch's warnings at operations that vmap takes one by one: that is known, and counted on."""
-    _quiet.enter()
+    visit = _Visit()
     try:
+        _switch(_visits.add, visit)
         yield
     finally:
-        _quiet.leave()
+        _switch(_visits.discard, visit)
 
 
-class _Quiet:
-    """Torch's switch, one for all threads: off while any of them wants it so."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-
-    def enter(self) -> None:
-        self._change(1)
-
-    def leave(self) -> None:
-        self._change(-1)
-
-    def _change(self, by: int) -> None:
-        switch: Any = torch._C._functorch
-        with self._lock:
-            self._inside += by
-            switch._set_vmap_fallback_warning_enabled(self._inside == 0)
+class _Visit:
+    """Somebody who wants them off."""
 
 
-_quiet = _Quiet()
+_LOCK = threading.Lock()
+_visits: WeakSet[_Visit] = WeakSet()
+"""Torch has one switch for all threads. Weak, so that none stays behind if Ctrl-C comes at an unlucky moment."""
+
+
+def _switch(change: Callable[[_Visit], None], visit: _Visit) -> None:
+    functorch: Any = torch._C._functorch
+    with _LOCK:
+        change(visit)
+        functorch._set_vmap_fallback_warning_enabled(not _visits)
 
 
 @contextmanager
