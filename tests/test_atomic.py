@@ -111,6 +111,8 @@ def test_an_interrupt_at_any_line_is_before_or_after_the_step(kind, at):
         if after != whole:
             optimizer.step()
             assert _all_of(model, optimizer) == whole, line
+        assert torch._C._len_torch_function_stack() == 0
+        assert torch.is_grad_enabled()
     assert seen == {False, True}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

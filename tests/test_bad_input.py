@@ -679,7 +679,7 @@ def test_loading_is_all_or_nothing(kind):
     for state, match in _others(kind):
         _refuses(optimizer, state, match)
     for path in MISSING:
-        match = "'fishopt'" if path == ("fishopt",) else f"damaged.*'{path[-1]}'"
+        match = "'fishopt'" if path == ("fishopt",) else f"lacks '{path[-1]}'.*damaged"
         _refuses(optimizer, _damaged(good, path), match)
     for path in JUNK:
         _refuses(optimizer, _damaged(good, path, "junk"), "state.dict|lr=|estimator=|maximize=|weight_decay=")

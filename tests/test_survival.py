@@ -351,7 +351,7 @@ def test_without_the_memory_for_a_refresh_half_of_it_is_made(kind, after, error)
     model, optimizer = _start(kind, steps=after, estimator="hutchinson")
     model.in_eval = Small(5, error)
     _step(model, optimizer, after)
-    assert [n for n in model.in_eval.sizes if n > 3] == [16, 8, 4]
+    assert [n for n in model.in_eval.sizes if n > 3][-3:] == [16, 8, 4]  # after what the ways are tried on
     assert optimizer.report().failures == 0
     assert optimizer.report().rows[0].refreshes == after + 1
 

@@ -22,7 +22,7 @@ class Transaction:
         self._undos: list[Callable[[], None]] = []
         self._handler: Callable[[int, FrameType | None], Any] | None = None
         self._held: tuple[int, FrameType | None] | None = None
-        self._grad_mode = torch.is_grad_enabled()
+        self._modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
     def __enter__(self) -> Self:
         return self
@@ -45,12 +45,18 @@ class Transaction:
             while self._undos:
                 self._undos.pop()()
         finally:
-            # An interrupt can come between a context manager's switching the mode and its being entered.
-            torch.set_grad_enabled(self._grad_mode)
+            self._restore_modes()
             if self._handler is not None:
                 _signal.signal(_signal.SIGINT, self._handler)
                 if self._held is not None:
                     self._handler(*self._held)
+
+    def _restore_modes(self) -> None:
+        """An interrupt can come between a context manager's work and the moment from which it is sure to be undone."""
+        grad_mode, depth = self._modes
+        torch.set_grad_enabled(grad_mode)
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
 
     def _hold_interrupts(self) -> None:
         if threading.current_thread() is not threading.main_thread():
