@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 import fishopt
 from fishopt.optim.atomic import Transaction
@@ -105,6 +106,7 @@ def test_an_interrupt_at_any_line_is_before_or_after_the_step(kind, at):
         model, optimizer = _stepped(*start)
         with pytest.raises(KeyboardInterrupt):
             _At(line).during(optimizer.step)
+        assert not _get_current_function_mode_stack(), line
         after = _all_of(model, optimizer)
         assert after in (untouched, whole), line
         seen.add(after == whole)

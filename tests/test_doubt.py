@@ -201,3 +201,14 @@ def test_layers_frozen_and_thawed_while_training():
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
         assert torch.equal(model[0].weight, before) == frozen
+
+
+def test_an_interrupt_when_a_forward_is_through_leaves_no_mode_behind(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    shadow = Shadow(two_layers(_branch))
+    monkeypatch.setattr(torch.overrides.TorchFunctionMode, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shadow.run(batch(3, 4))
+    assert not torch.overrides._get_current_function_mode_stack()

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, quiet_fallbacks, second_derivatives, signs
 from fishopt.passes.shadow import Shadow
-from fishopt.passes.tracing import Substituting
+from fishopt.passes.tracing import Substituting, under
 
 MAX_ELEMENTS = 2**26
 """Numbers that one chunk of per-input derivatives may hold."""
@@ -111,8 +111,8 @@ class FunctionalPass(Pass):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self._shadow.module, {**self._rest, **parameters}, args, kwargs)
 
-        with Substituting():
-            h = self._shadow.read(self._call([value.unsqueeze(0) for value in x], forward))
+        rows = [value.unsqueeze(0) for value in x]
+        h = under(Substituting(), lambda: self._shadow.read(self._call(rows, forward)))
         return (h.reshape(-1) * c).sum()
 
     def _hessian_diagonal_of(self, name: str, cotangent: Tensor) -> Tensor:

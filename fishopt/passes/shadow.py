@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
-from fishopt.passes.tracing import Substituting, Widening
+from fishopt.passes.tracing import Substituting, Widening, under
 
 Readout = Callable[[Any], Any]
 """What picks the natural parameters from what the network returns."""
@@ -114,8 +114,7 @@ class Shadow:
             inputs: The network's arguments.
             mode: What watches the forward.
         """
-        with mode or Substituting():
-            return self.read(inputs.call(self.module))
+        return under(mode or Substituting(), lambda: self.read(inputs.call(self.module)))
 
     def read(self, output: Any) -> Any:
         """The natural parameters in what the network returned."""

@@ -104,8 +104,19 @@ class Substituting(Widening):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+def under(mode: Widening, function: Callable[[], Any]) -> Any:
+    """The function's value while the mode watches; Ctrl-C just when ``with`` is through would leave it on for good."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        with mode:
+            return function()
+    finally:
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
+
+
 class Tracer(Substituting):
-    """Watches a forward, to be entered with ``with``.
+    """Watches a forward, see `under`.
 
     Attributes:
         contacts: What was seen, in order.
