@@ -31,10 +31,11 @@ def with_copy(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def from_copy(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict as it was before `with_copy`, even if only its groups and parameters' state are left of it."""
-    groups = [
-        {key: value for key, value in group.items() if key != KEY} for group in state_dict.get("param_groups", ())
-    ]
-    copies = [group[KEY] for group in state_dict.get("param_groups", ()) if KEY in group]
+    if "param_groups" not in state_dict:
+        return state_dict
+    listed = state_dict["param_groups"]
+    groups = [{key: value for key, value in group.items() if key != KEY} for group in listed]
+    copies = [group[KEY] for group in listed if KEY in group]
     found = {**state_dict, "param_groups": groups}
     if KEY not in found and any(copies):
         found[KEY] = json.loads(copies[0], object_hook=_untagged)
