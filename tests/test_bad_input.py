@@ -635,7 +635,6 @@ WRONG = [
     (("fishopt", "steps"), -1, "steps=-1.*>= 0"),
     (("fishopt", "steps"), 1.5, "steps=1.5.*whole number"),
     (("fishopt", "seconds"), NAN, "seconds=nan"),
-    (("fishopt", "curvature", "generator"), torch.zeros(5), "damaged.*RNG state"),
     (("fishopt", "curvature", "choices"), [{"estimator": "I9"}], "estimator='I9'.*'I1'"),
     (("fishopt", "curvature", "failures"), [0, -1], "failures=-1"),
     (("param_groups",), [], "parameter groups"),
