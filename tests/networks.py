@@ -696,14 +696,21 @@ add(
 )
 
 
-class Scripted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
+def _scaled_tanh(x: Tensor, w: Tensor) -> Tensor:
+    return torch.tanh(x @ w) * 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x))
 
+add(
+    "scripted_function",
+    lambda: Net(
+        lambda m, x: m.b(torch.jit.script(_scaled_tanh)(m.a(x), m.w)),
+        a=nn.Linear(4, 4),
+        w=parameter(4, 4),
+        b=nn.Linear(4, 3),
+    ),
+    normal(4),
+    {"w": "network", "": "rule"},
+)
 
 # --- forwards that are not the same each time ---
 

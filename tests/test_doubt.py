@@ -212,3 +212,20 @@ def test_an_interrupt_when_a_forward_is_through_leaves_no_mode_behind(monkeypatc
     with pytest.raises(KeyboardInterrupt):
         shadow.run(batch(3, 4))
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("output", ["logits", lambda found: found["logits"]], ids=["key", "function"])
+def test_an_optimizer_of_a_network_that_returns_a_dict(output):
+    torch.manual_seed(0)
+    plain = nn.Linear(4, 3)
+    model = Net(lambda m, x: {"hidden": x, "logits": m.a(x)}, a=copy.deepcopy(plain))
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    for network, options in ((plain, {}), (model, {"output": output})):
+        generator = torch.Generator().manual_seed(0)
+        optimizer = fishopt.FisherAdam(network, nn.CrossEntropyLoss(), generator=generator, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            found = network(x)
+            nn.functional.cross_entropy(found["logits"] if options else found, y).backward()
+            optimizer.step()
+    assert torch.equal(plain.weight, model.a.weight)
