@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fishopt.checks import check_dense, checked_model, checked_targets
 from fishopt.likelihoods import Likelihood, as_likelihood
-from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass
+from fishopt.passes import Arguments, Coverage, Diagonal, Pass, Shadow, Structure, coverage_of, open_pass, widened
 
 MAX_ELEMENTS = 2**25
 """Numbers that the per-input quantities of one chunk of inputs may hold."""
@@ -244,11 +244,10 @@ def checked_inputs(inputs: Any) -> Arguments:
 
 
 def in_full_precision(inputs: Arguments) -> Arguments:
-    """In half precision there are not the digits for a sum of squares; what inference mode made takes no part."""
+    """Such that a network in full precision takes them; what inference mode made takes no part in derivatives."""
 
-    def widened(x: Tensor) -> Tensor:
+    def usable(x: Tensor) -> Tensor:
         check_dense("inputs", x)
-        x = x.clone() if x.is_inference() else x
-        return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+        return widened(x.clone() if x.is_inference() else x)
 
-    return inputs.map(widened)
+    return inputs.map(usable)

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 
+from fishopt.passes.tracing import leave_modes
+
 
 class Transaction:
     """Undoes what is half done if an exception ends it; once it commits, Ctrl-C waits until it is through.
@@ -55,8 +57,7 @@ class Transaction:
         """An interrupt can come between a context manager's work and the moment from which it is sure to be undone."""
         grad_mode, depth = self._modes
         torch.set_grad_enabled(grad_mode)
-        while torch._C._len_torch_function_stack() > depth:
-            torch._C._pop_torch_function_stack()
+        leave_modes(depth)
 
     def _hold_interrupts(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -19,7 +19,7 @@ from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
-from fishopt.optim.buckets import Bucket, Plan, plan, with_gradient
+from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
@@ -136,16 +136,17 @@ class FisherOptimizer(Resumable, ABC):
             with torch.enable_grad():
                 loss = closure()
         with Transaction() as transaction, torch.no_grad():
-            if not self._can_step():
+            members = with_gradient(self.param_groups)
+            if not self._can_step(members):
                 self._recorder.start_anew()
                 return loss
-            estimate = self._estimate(self._last_record(), transaction) if self._is_due() else None
+            estimate = self._estimate(self._last_record(), transaction) if self._is_due(members) else None
             transaction.commit()
             unscale_gradients(self)
             if estimate is not None:
                 self._take(estimate)
             self._is_fresh = False
-            self._update(self._planned().buckets)
+            self._update(self._planned(members).buckets)
             self._steps += 1
             self._skipped = self._skipped.after_a_step()
             self._recorder.start_anew()
@@ -245,12 +246,12 @@ class FisherOptimizer(Resumable, ABC):
             self._started = time.perf_counter() - self._seconds
         return self._started
 
-    def _is_due(self) -> bool:
+    def _is_due(self, members: Members) -> bool:
         if self._is_fresh:
             return False
         if self._steps < EVERY_STEP_UNTIL or self._steps % self._refresh_every == 0:
             return True
-        return any(p.requires_grad for p in self._planned().waiting)
+        return any(p.requires_grad for p in self._planned(members).waiting)
 
     def _last_record(self) -> Record:
         record = self._recorder.last
@@ -289,20 +290,18 @@ class FisherOptimizer(Resumable, ABC):
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
 
-    def _planned(self) -> Plan:
+    def _planned(self, members: Members) -> Plan:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""
-        members = with_gradient(self.param_groups)
         if self._plan is None or not self._plan.is_for(members):
             self._plan = plan(members, self.state)
         return self._plan
 
-    def _can_step(self) -> bool:
+    def _can_step(self, members: Members) -> bool:
         """Whether all gradients are finite, as far as it is seen; a GradScaler has looked already."""
-        members = with_gradient(self.param_groups)
         refuse_sparse(members, self._name_of)
         if getattr(self, "found_inf", None) is not None:
             return not has_overflowed(self)
-        bad = not_finite(members, self._name_of, may_wait=self._is_due)
+        bad = not_finite(members, self._name_of, may_wait=lambda: self._is_due(members))
         if bad:
             self._skipped = self._skipped.after(bad)
         return not bad

@@ -25,6 +25,7 @@ from fishopt.optim.recorder import Record
 from fishopt.optim.subbatch import SubBatch
 from fishopt.optim.world import World, group_of
 from fishopt.passes import WAYS, Coverage, Diagonal, Shadow, unwrapped
+from fishopt.passes.coverage import NETWORK, NONE, POOLED, ROWS
 from fishopt.selection import PAPER, Choice, choose
 
 SELECTION_INPUTS = 8
@@ -42,7 +43,7 @@ CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson
 
 NO_MEMORY = "no choice: there was not the memory to compute variances"
 
-WORSE = ("network", "rows", "pooled")
+WORSE = (NETWORK, ROWS, POOLED)
 """Ways that are slow, or noisy: taken with a warning."""
 
 TINY = torch.finfo(torch.float32).tiny
@@ -118,7 +119,7 @@ class Curvature:
             residuals = attempt(lambda: self._residuals(training.at_output))
             self._select(units, wanted, step, world, attempt, some)
             members = self._members(units, wanted)
-            part = self._part(members, generator, attempt, some, residuals)
+            part = attempt.with_less(lambda own: self._estimated(own, members, generator, residuals), some)
             totals, found = self._merged(members, part, residuals, record, training, world)
             if found is None:
                 attempt.agree(world.first)
@@ -129,10 +130,6 @@ class Curvature:
         self.failures = self.failures.after(attempt.error, failed=world.size - round(totals.parts), of=world.size)
         attempt.forget()
         return found
-
-    def estimator_of(self, unit: str, wanted: dict[str, str]) -> str:
-        """The estimator in use for a group."""
-        return self.choices[unit].estimator if wanted[unit] == "auto" else wanted[unit]
 
     def way_of(self, name: str) -> str | None:
         """The way by which a parameter is covered, a key of `fishopt.passes.WAYS`; None before the first refresh."""
@@ -192,20 +189,11 @@ class Curvature:
         """Estimator -> the parameters that it is for."""
         members: dict[str, list[str]] = defaultdict(list)
         for unit, names in units.items():
-            if wanted[unit] != "auto" or unit in self.choices:
-                members[self.estimator_of(unit, wanted)].extend(names)
+            if wanted[unit] != "auto":
+                members[wanted[unit]].extend(names)
+            elif unit in self.choices:
+                members[self.choices[unit].estimator].extend(names)
         return members
-
-    def _part(
-        self,
-        members: dict[str, list[str]],
-        generator: torch.Generator,
-        attempt: Attempt,
-        some: SubBatch | None,
-        residuals: Tensor | None,
-    ) -> Part | None:
-        """This process's estimate."""
-        return attempt.with_less(lambda some: self._estimated(some, members, generator, residuals), some)
 
     def _estimated(
         self,
@@ -242,7 +230,7 @@ class Curvature:
         names = [name for listed in members.values() for name in listed]
         noise = squares(self._likelihood, residuals if self.estimates_noise else None)
         own = Totals.of(part, record.count, self._multiple(record, world), noise)
-        unreached = [float(part is not None and self._ways.get(name) == "none") for name in names]
+        unreached = [float(part is not None and self._ways.get(name) == NONE) for name in names]
         sums = world.sums([*own, *unreached])
         totals = Totals(*sums[: len(own)])
         if not totals.parts:
@@ -270,7 +258,7 @@ class Curvature:
             if gradient is None:  # nor does the loss
                 del diagonal[name]
             else:
-                self._warn_of("none", [name])
+                self._warn_of(NONE, [name])
                 diagonal[name] = gradient.to(diagonal[name].dtype).square() * unit
 
     def _multiple(self, record: Record, world: World) -> float:

@@ -49,9 +49,8 @@ class SubBatch:
                 "model was called without a tensor that has a row for each input; call optimizer.refresh(*inputs) "
                 "with such tensors before step()"
             )
-        inputs, recent = in_full_precision(record.inputs), record.inputs.count - record.recent
-        shadow.sync()
-        if shadow.structure(inputs.take(slice(recent, None))).needs_all:
+        inputs, recent = record.inputs, record.inputs.count - record.recent
+        if shadow.structure(in_full_precision(inputs.take(slice(recent, None)))).needs_all:
             return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted)
         rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
         if record.counted is not None:

@@ -14,7 +14,7 @@ from fishopt.passes.base import (
 )
 from fishopt.passes.coverage import WAYS, Coverage, coverage_of
 from fishopt.passes.routed import open_pass
-from fishopt.passes.shadow import Shadow, unwrapped
+from fishopt.passes.shadow import Shadow, unwrapped, widened
 from fishopt.passes.structure import Structure
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "open_pass",
     "signs",
     "unwrapped",
+    "widened",
 ]

@@ -170,12 +170,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _shadow_of(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(_widened(p.detach()), requires_grad=False)
+        memo[id(p)] = nn.Parameter(widened(p.detach()), requires_grad=False)
     for module in model.modules():
         # Hooks may hold anything, the optimizer itself included: none of it is to be copied.
         memo.update((id(hooks), OrderedDict()) for key, hooks in vars(module).items() if "_hooks" in key)
-        memo.update((id(x), _widened(x.detach()).clone()) for x in module._buffers.values() if x is not None)
-        memo.update((id(x), _widened(x.detach())) for x in vars(module).values() if isinstance(x, Tensor))
+        memo.update((id(x), widened(x.detach()).clone()) for x in module._buffers.values() if x is not None)
+        memo.update((id(x), widened(x.detach())) for x in vars(module).values() if isinstance(x, Tensor))
     for module in model.modules():
         kept = OrderedDict((k, hook) for k, hook in module._forward_pre_hooks.items() if _computes_weights(hook))
         memo[id(module._forward_pre_hooks)] = kept
@@ -187,7 +187,8 @@ def _shadow_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """In half precision there are not the digits for a sum of squares."""
     return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
 

@@ -108,11 +108,7 @@ class TracedPass(Backward):
     def _routes(
         self, names: Sequence[str] | None, sketch: Sketch | None
     ) -> tuple[list[str], list[str], list[str], list[str]]:
-        """Which parameters go by the closed form, by the sketch at a contact, exactly, and by a sketch elsewhere.
-
-        Where nothing but one elementwise function and then affine maps lie above a contact's output ``z``, the Hessian
-        in ``z`` is diagonal (Remark 4.5) and one product with it, taken at a vector of ones, is all of it.
-        """
+        """Which parameters go by the closed form, by the sketch at a contact, exactly, and by a sketch elsewhere."""
         wanted = self.names if names is None else names
         closed = [name for name in wanted if name in self._diagonal]
         rest = [name for name in wanted if name not in self._diagonal]

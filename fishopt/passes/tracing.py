@@ -111,8 +111,13 @@ def under(mode: Widening, function: Callable[[], Any]) -> Any:
         with mode:
             return function()
     finally:
-        while torch._C._len_torch_function_stack() > depth:
-            torch._C._pop_torch_function_stack()
+        leave_modes(depth)
+
+
+def leave_modes(depth: int) -> None:
+    """Takes torch function modes off their stack until so many are left."""
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
 
 
 class Tracer(Substituting):
