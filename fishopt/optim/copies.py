@@ -17,7 +17,7 @@ KEPT = (
 )
 """Attributes that go along, besides torch's own three."""
 
-RENEWED = ("_plan", "_started")
+RENEWED = ("_plan", "_started", "_auto")
 """Those that the copy makes anew."""
 
 

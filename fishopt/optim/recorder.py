@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,37 @@ MAX_KEPT = 2**24
 """Numbers in the inputs that are kept of one step, beyond its last micro-batch."""
 
 
+View = tuple[torch.Size, tuple[int, ...], int] | None
+
+
+def _gone() -> None:
+    return None
+
+
+@dataclass
+class LossCall:
+    """A call of the loss module on a view of the model's output.
+
+    Attributes:
+        module: The loss.
+        targets: Its further arguments.
+        view: Shape, strides and offset of what it was called with, in the output; None if it was just the output.
+        factor: What its value was multiplied by, once there was a backward through it.
+    """
+
+    module: nn.Module
+    targets: tuple[Any, ...]
+    view: View
+    factor: Tensor | None = None
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """The loss at other outputs, times its factor."""
+        seen = outputs if self.view is None else outputs.contiguous().as_strided(*self.view)
+        targets = (x.to(seen) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.targets)
+        found: Tensor = self.module.forward(seen, *targets) * self.factor
+        return found
+
+
 @dataclass
 class Record:
     """What one or several forwards were trained on.
@@ -34,6 +66,8 @@ class Record:
         counted: Which labels count, where they have positions.
         factor: What the loss was multiplied by, None if the loss module does not tell.
         group: The processes that share this batch's gradient, None if there is one.
+        calls: The loss module's calls on the output that there was a backward through, if they were asked for.
+        output: The output, for as long as the user has it, or a view of it.
     """
 
     inputs: Arguments
@@ -44,17 +78,23 @@ class Record:
     counted: Tensor | None = None
     factor: Tensor | None = None
     group: Any = None
+    calls: list[LossCall] = field(default_factory=list)
+    output: Callable[[], Tensor | None] = _gone
 
     def __post_init__(self) -> None:
         self.count = self.count or self.inputs.count
         self.recent = self.recent or self.inputs.count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "group": self.group is not None}
+        return {**vars(self), "group": self.group is not None, "output": _gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
         vars(self).update(state, group=dist.group.WORLD if state["group"] and dist.is_initialized() else None)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
+        return torch.stack([call.value(outputs) for call in self.calls]).sum()
 
     def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
@@ -98,6 +138,7 @@ class Recorder:
 
     Attributes:
         wants_gradient: Keep the loss's gradient with respect to the output as well.
+        wants_loss: Keep the calls of the loss module as well, and all micro-batches.
         keep: Inputs of earlier micro-batches to keep.
 
     Args:
@@ -118,14 +159,21 @@ class Recorder:
         active: bool = False,
     ) -> None:
         self.wants_gradient = wants_gradient
+        self.wants_loss = False
         self.keep = keep
-        self._likelihood, self._readout, self._active = likelihood, readout, active
+        self.likelihood, self._readout, self._active = likelihood, readout, active
         self._records: list[Record] = []
         self._dropped = self._parts = 0
         self._before: Record | None = None
         self._untrained: Record | None = None
         self._at_loss: Tensor | None = None
         self._is_checked = False
+        self._open: list[Record] = []
+
+    @property
+    def records(self) -> list[Record]:
+        """What has been trained on since the last step, each forward by itself, in order."""
+        return list(self._records)
 
     @property
     def last(self) -> Record | None:
@@ -138,6 +186,8 @@ class Recorder:
         """After a step, or when gradients are set to zero."""
         if self._records:
             self._before = self.last
+        for record in self._records:
+            record.calls = []
         self._records = []
         self._dropped = self._parts = 0
 
@@ -156,12 +206,33 @@ class Recorder:
             return
         record = Record(Arguments(args, kwargs), group=group_of(module))
         self._untrained = record
+        if self.wants_loss:
+            record.output = weakref.ref(trained[0])
+            self._open = [*(one for one in self._open if one.output() is not None), record]
         trained[0].register_hook(partial(self._backward, record))
 
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
             output.register_hook(self._keep_factor)
+            if self.wants_loss and (made := self._called_on(args)) is not None:
+                record, view = made
+                call = LossCall(module, tuple(x.detach() if isinstance(x, Tensor) else x for x in args[1:]), view)
+                output.register_hook(partial(_keep_call, record, call))
+
+    def _called_on(self, args: tuple[Any, ...]) -> tuple[Record, View] | None:
+        """The forward whose output, or a view of it, the loss was called with."""
+        for record in reversed(self._open):
+            output = record.output()
+            if output is None or not args or not isinstance(args[0], Tensor):
+                continue
+            if args[0] is output:
+                return record, None
+            base = output if output._base is None else output._base
+            if args[0]._base is base and output.is_contiguous():
+                offset = args[0].storage_offset() - output.storage_offset()
+                return record, (args[0].shape, args[0].stride(), int(offset))
+        return None
 
     def _keep_factor(self, gradient: Tensor) -> None:
         self._at_loss = gradient.detach()
@@ -169,11 +240,11 @@ class Recorder:
     def _backward(self, record: Record, gradient: Tensor) -> None:
         # The loss is the last thing that a backward has been through.
         record.factor, self._at_loss = self._at_loss, None
-        if self._likelihood is not None and self._likelihood.leaves_out(gradient):
+        if self.likelihood is not None and self.likelihood.leaves_out(gradient):
             if not self._is_checked:
-                self._likelihood.check_gradient(gradient)
+                self.likelihood.check_gradient(gradient)
                 self._is_checked = True
-            record.counted = self._likelihood.counted_by(gradient)
+            record.counted = self.likelihood.counted_by(gradient)
         if self.wants_gradient:
             new = gradient.detach()
             record.gradient = new if record.gradient is None else record.gradient + new
@@ -187,7 +258,7 @@ class Recorder:
         while len(self._records) > 1:
             first = self._records[0]
             size = sum(x.numel() for one in self._records for x in one.inputs.leaves if isinstance(x, Tensor))
-            if size <= MAX_KEPT or kept - first.count < self.keep:
+            if self.wants_loss or size <= MAX_KEPT or kept - first.count < self.keep:
                 return
             kept -= first.count
             self._dropped += first.count
@@ -219,6 +290,11 @@ class LossHook:
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()
+
+
+def _keep_call(record: Record, call: LossCall, gradient: Tensor) -> None:
+    call.factor = gradient.detach()
+    record.calls.append(call)
 
 
 def _kinds(record: Record) -> list[Any]:
