@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ START = (1.0,)
 """What the first group keeps of a search for the next one: the damping. Plain numbers, which checkpoints have."""
 
 
+GAP = 0.1
+"""The part of the gradient's slope that may have another source than the loss before there is a warning."""
+
+
 class AutoStep:
     """The searches of one optimizer.
 
@@ -36,6 +41,7 @@ class AutoStep:
         self._replica = Replica(model, readout)
         self._likelihood = likelihood
         self._found: Found | None = None
+        self._has_warned = False
 
     def search(
         self, buckets: Sequence[Bucket], names: Mapping[Tensor, str], objective: Objective, undo: Transaction
@@ -50,6 +56,14 @@ class AutoStep:
         """
         (damping,) = buckets[0].group["auto"]
         self._found = search(_point(buckets, names), objective, damping, undo)
+        if self._found.gap > GAP and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"lr='auto': {self._found.gap:.0%} of the gradient is not of the loss as it is evaluated after a step; "
+                "if that is a penalty, pass a closure to step(), else dropout or other noise in the network",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def take(self, buckets: Sequence[Bucket], first: dict[str, Any]) -> None:
         """Takes the last search's outcome into the states and into the first group."""
@@ -80,7 +94,7 @@ class AutoStep:
         if any(record.group is not None for record in records):
             raise ValueError(NOT_DISTRIBUTED)
         if all(record.calls for record in records):
-            return Objective(records, self._replica)
+            return Objective(records, self._replica, None, closure, loss)
         if closure is None:
             raise ValueError(
                 "lr='auto' looks at the loss after a step, and no call of a loss module on the model's output was "

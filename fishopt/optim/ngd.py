@@ -13,7 +13,7 @@ from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.atomic import Transaction
-from fishopt.optim.auto import START, AutoStep, check_auto, refuse_scaler, refuse_distributed
+from fishopt.optim.auto import START, AutoStep, check_auto, refuse_distributed, refuse_scaler
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket, Members, in_parts
@@ -144,6 +144,11 @@ class DiagonalNGD(FisherOptimizer):
         # The root of what the gradient is divided by: the length of m times it is the step's divergence.
         return torch.add(least, values, alpha=fisher.correction * moment.scale, out=values).rsqrt_()
 
+    def _can_step(self, members: Members) -> bool:
+        if self._is_auto:
+            refuse_scaler(self)
+        return super()._can_step(members)
+
     def _prepared(
         self,
         estimate: Estimate | None,
@@ -154,7 +159,6 @@ class DiagonalNGD(FisherOptimizer):
     ) -> Estimate | None:
         if not self._is_auto:
             return estimate
-        refuse_scaler(self)
         if self._auto is None:
             known = None if self._curvature.estimates_noise else self._recorder.likelihood
             self._auto = AutoStep(self._model, self._readout, known)
@@ -178,10 +182,13 @@ class DiagonalNGD(FisherOptimizer):
         return restore
 
     def _update(self, buckets: list[Bucket]) -> None:
-        if self._is_auto:
-            if self._auto is not None and buckets:
-                self._auto.take(buckets, self.param_groups[0])
-            return
+        if not self._is_auto:
+            self._descend(buckets)
+        elif self._auto is not None and buckets:
+            self._auto.take(buckets, self.param_groups[0])
+
+    def _descend(self, buckets: list[Bucket]) -> None:
+        """Moves by the learning rate, within the trust region."""
         moves, lengths = [], []
         for bucket in buckets:
             group = bucket.group

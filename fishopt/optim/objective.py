@@ -22,7 +22,7 @@ class Objective:
         records: The micro-batches, one for each forward.
         replica: Runs the network.
         likelihood: The family behind the loss, where no calls of a loss module tell it.
-        closure: Evaluates the loss then.
+        closure: Evaluates the loss, where the user has one: it may hold more than the loss module tells.
         loss: What that returned at the parameters as they were.
     """
 
@@ -50,11 +50,8 @@ class Objective:
 
         No slopes where only a closure tells the loss.
         """
-        loss, slopes, total = (
-            0.0 if self._closure is None else _number(self._loss),
-            None,
-            torch.zeros((), dtype=torch.float64),
-        )
+        zeros = torch.zeros(len(directions), dtype=torch.float64)
+        loss, slopes, curvature = 0.0, zeros, torch.diag(zeros)
         for record in self._records:
             outputs, products = self._replica.products(record.inputs, directions)
             with torch.enable_grad():
@@ -62,15 +59,15 @@ class Objective:
                 value, cotangent = self._cotangent(record, h)
                 # The Hessian of a loss in natural parameters is I(h|x), whatever the labels are.
                 pulled = [torch.autograd.grad(cotangent, h, v, retain_graph=True)[0] for v in products]
-            total = total + inner(_rows(products), _rows(pulled))
-            if self._likelihood is None:
-                loss += value
-                own = inner(_rows(products), _rows([cotangent.detach()]))[:, 0]
-                slopes = own if slopes is None else slopes + own
-        return loss, slopes, total
+            loss += value
+            slopes = slopes + inner(_rows(products), _rows([cotangent.detach()]))[:, 0]
+            curvature = curvature + inner(_rows(products), _rows(pulled))
+        if self._closure is not None:
+            return _number(self._loss), None, curvature
+        return loss, slopes, curvature
 
     def _cotangent(self, record: Record, h: Tensor) -> tuple[float, Tensor]:
-        """The loss, if calls tell it, and its gradient at the output up to a constant, both with a graph."""
+        """The loss and its gradient at the output, this with a graph; up to constants if no call tells the labels."""
         if self._likelihood is None:
             loss = record.loss(h)
             return float(loss.detach()), torch.autograd.grad(loss, h, create_graph=True)[0]
@@ -84,7 +81,7 @@ class Objective:
 def _number(loss: Any) -> float:
     if not isinstance(loss, Tensor | float) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f"closure returned {loss!r}; lr='auto' needs the loss, a number, from it")
-    return float(loss)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,42 +14,12 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from fishopt.likelihoods import Likelihood
+from fishopt.optim.calls import LossCall, Tag
 from fishopt.optim.world import group_of
 from fishopt.passes import Arguments
 
 MAX_KEPT = 2**24
 """Numbers in the inputs that are kept of one step, beyond its last micro-batch."""
-
-
-View = tuple[torch.Size, tuple[int, ...], int] | None
-
-
-def _gone() -> None:
-    return None
-
-
-@dataclass
-class LossCall:
-    """A call of the loss module on a view of the model's output.
-
-    Attributes:
-        module: The loss.
-        targets: Its further arguments.
-        view: Shape, strides and offset of what it was called with, in the output; None if it was just the output.
-        factor: What its value was multiplied by, once there was a backward through it.
-    """
-
-    module: nn.Module
-    targets: tuple[Any, ...]
-    view: View
-    factor: Tensor | None = None
-
-    def value(self, outputs: Tensor) -> Tensor:
-        """The loss at other outputs, times its factor."""
-        seen = outputs if self.view is None else outputs.contiguous().as_strided(*self.view)
-        targets = (x.to(seen) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.targets)
-        found: Tensor = self.module.forward(seen, *targets) * self.factor
-        return found
 
 
 @dataclass
@@ -67,7 +36,6 @@ class Record:
         factor: What the loss was multiplied by, None if the loss module does not tell.
         group: The processes that share this batch's gradient, None if there is one.
         calls: The loss module's calls on the output that there was a backward through, if they were asked for.
-        output: The output, for as long as the user has it, or a view of it.
     """
 
     inputs: Arguments
@@ -79,14 +47,13 @@ class Record:
     factor: Tensor | None = None
     group: Any = None
     calls: list[LossCall] = field(default_factory=list)
-    output: Callable[[], Tensor | None] = _gone
 
     def __post_init__(self) -> None:
         self.count = self.count or self.inputs.count
         self.recent = self.recent or self.inputs.count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "group": self.group is not None, "output": _gone}
+        return {**vars(self), "group": self.group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
@@ -168,7 +135,10 @@ class Recorder:
         self._untrained: Record | None = None
         self._at_loss: Tensor | None = None
         self._is_checked = False
-        self._open: list[Record] = []
+
+    @property
+    def _key(self) -> str:
+        return f"_fishopt_record_{id(self)}"
 
     @property
     def records(self) -> list[Record]:
@@ -187,7 +157,7 @@ class Recorder:
         if self._records:
             self._before = self.last
         for record in self._records:
-            record.calls = []
+            record.calls.clear()
         self._records = []
         self._dropped = self._parts = 0
 
@@ -207,32 +177,16 @@ class Recorder:
         record = Record(Arguments(args, kwargs), group=group_of(module))
         self._untrained = record
         if self.wants_loss:
-            record.output = weakref.ref(trained[0])
-            self._open = [*(one for one in self._open if one.output() is not None), record]
+            Tag.put(trained[0], self._key, record)
         trained[0].register_hook(partial(self._backward, record))
 
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
             output.register_hook(self._keep_factor)
-            if self.wants_loss and (made := self._called_on(args)) is not None:
-                record, view = made
-                call = LossCall(module, tuple(x.detach() if isinstance(x, Tensor) else x for x in args[1:]), view)
-                output.register_hook(partial(_keep_call, record, call))
-
-    def _called_on(self, args: tuple[Any, ...]) -> tuple[Record, View] | None:
-        """The forward whose output, or a view of it, the loss was called with."""
-        for record in reversed(self._open):
-            output = record.output()
-            if output is None or not args or not isinstance(args[0], Tensor):
-                continue
-            if args[0] is output:
-                return record, None
-            base = output if output._base is None else output._base
-            if args[0]._base is base and output.is_contiguous():
-                offset = args[0].storage_offset() - output.storage_offset()
-                return record, (args[0].shape, args[0].stride(), int(offset))
-        return None
+            tag = Tag.of(args[0], self._key) if args else None
+            if tag is not None and tag.record is not None:
+                output.register_hook(partial(_keep_call, tag.record.calls, tag.call(module, args)))
 
     def _keep_factor(self, gradient: Tensor) -> None:
         self._at_loss = gradient.detach()
@@ -292,9 +246,8 @@ class LossHook:
         return LossHook, ()
 
 
-def _keep_call(record: Record, call: LossCall, gradient: Tensor) -> None:
-    call.factor = gradient.detach()
-    record.calls.append(call)
+def _keep_call(calls: list[LossCall], call: LossCall, gradient: Tensor) -> None:
+    calls.append(replace(call, factor=gradient.detach()))
 
 
 def _kinds(record: Record) -> list[Any]:

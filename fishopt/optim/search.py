@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,12 +56,12 @@ class Found(NamedTuple):
     Attributes:
         step: The step that was made, a vector; zero if none made the loss smaller.
         damping: What the next search starts from.
-        undone: Steps that were undone.
+        gap: What part of the gradient's slope the loss does not explain, as it is evaluated.
     """
 
     step: Tensor
     damping: float
-    undone: int
+    gap: float
 
 
 def search(point: Point, objective: Objective, damping: float, undo: Transaction) -> Found:
@@ -77,23 +77,21 @@ def search(point: Point, objective: Objective, damping: float, undo: Transaction
         undo: Takes the parameters back if something fails before it commits.
     """
     origin = [p.detach().clone() for p in point.params]
-    undo.on_failure(lambda: torch._foreach_copy_(point.params, origin))
+    undo.on_failure(lambda: _put(point.params, origin))
     theta = flat(origin).to(point.gradient)
     directions = _directions(point, theta)
-    value, model, penalty = _model(point, objective, directions, theta)
-    found = Found(torch.zeros_like(theta), damping, 0)
-    for undone in range(TRIALS):
+    value, model, gap = _model(point, objective, directions, theta)
+    for _ in range(TRIALS):
         c = model.minimum(damping) * point.rate
         step = c.to(directions) @ directions
-        _move(point.params, origin, step)
+        _put(point.params, map(torch.add, origin, split(step, point.params)))
         predicted = model.change(c)
-        risen = objective.value() - value + penalty(c, step)
+        risen = objective.value() - value + float((point.decay * step * (theta + step / 2)).sum())
         if math.isfinite(risen) and risen <= 0 and predicted <= 0:
-            return Found(step, _adapted(damping, risen, predicted), undone)
+            return Found(step, _adapted(damping, risen, predicted), gap)
         damping = min(damping * UNDONE, MOST)
-        torch._foreach_copy_(point.params, origin)
-        found = Found(found.step, damping, undone + 1)
-    return found
+        _put(point.params, origin)
+    return Found(torch.zeros_like(theta), damping, gap)
 
 
 def _directions(point: Point, theta: Tensor) -> Tensor:
@@ -101,23 +99,18 @@ def _directions(point: Point, theta: Tensor) -> Tensor:
     return torch.stack([first, point.last]) if bool(point.last.any()) else first[None]
 
 
-def _model(
-    point: Point, objective: Objective, directions: Tensor, theta: Tensor
-) -> tuple[float, Quadratic, Callable[[Tensor, Tensor], float]]:
-    """The loss, its model with weight decay, and the change of what the objective does not know of by a step."""
+def _model(point: Point, objective: Objective, directions: Tensor, theta: Tensor) -> tuple[float, Quadratic, float]:
+    """The loss, its model with weight decay, and the gap."""
     named = [dict(zip(point.names, split(d, point.params), strict=True)) for d in directions]
     value, own, curvature = objective.along(named)
-    slopes = inner(directions, point.gradient[None])[:, 0]
-    # Penalties that the user adds to the loss; nothing is known of them but the slope.
-    others = torch.zeros_like(slopes) if own is None else slopes - own
+    trained = inner(directions, point.gradient[None])[:, 0]
+    # The loss's own, where they are known: what they predict is what it is held to.
+    slopes = trained if own is None else own
+    gap = float((slopes[0] - trained[0]).abs() / trained[0].abs().clamp_min(torch.finfo(trained.dtype).tiny))
     decayed = directions * point.decay
     metric = inner(directions / point.inverse, directions)
     model = Quadratic(slopes + inner(decayed, theta[None])[:, 0], curvature + inner(decayed, directions), metric)
-
-    def penalty(c: Tensor, step: Tensor) -> float:
-        return float(others @ c + (point.decay * step * (theta + step / 2)).sum())
-
-    return value, model, penalty
+    return value, model, gap
 
 
 def _adapted(damping: float, risen: float, predicted: float) -> float:
@@ -126,9 +119,10 @@ def _adapted(damping: float, risen: float, predicted: float) -> float:
     return min(max(damping * factor, LEAST), MOST)
 
 
-def _move(params: Sequence[Tensor], origin: Sequence[Tensor], step: Tensor) -> None:
-    for p, old, d in zip(params, origin, split(step, params), strict=True):
-        p.copy_(old + d)
+@torch.no_grad()
+def _put(params: Sequence[Tensor], values: Iterable[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
 
 
 def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
