@@ -245,6 +245,25 @@ def test_a_penalty_is_noticed_and_counts_with_a_closure():
     assert size < 0.02
 
 
+def test_products_of_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(3, 4, dtype=torch.float64)
+    params = dict(model.named_parameters())
+    direction = _random_directions(model, 1)[0]
+    expected = torch.func.jvp(lambda p: functional_call(model, p, (x,)), (params,), (direction,))
+    found = Replica(model, None).products(fishopt.passes.Arguments((x,)), [direction])
+    torch.testing.assert_close((found[0], found[1][0]), expected)
+
+
 def test_products_without_a_forward_mode_rule():
     class Cube(torch.autograd.Function):
         @staticmethod
@@ -282,6 +301,8 @@ def test_batch_statistics_in_training_running_ones_else_and_no_dropout():
     replica, inputs = Replica(model, None), fishopt.passes.Arguments((x,))
     in_training = replica.outputs(inputs)
     model.eval()
+    running, _ = replica.products(inputs, _random_directions(model))
+    torch.testing.assert_close(running, model(x).detach())
     torch.testing.assert_close(replica.outputs(inputs), model(x).detach())
     plain = nn.Sequential(*(m for m in model if not isinstance(m, nn.Dropout))).train()
     replica.products(inputs, _random_directions(model))
@@ -289,21 +310,33 @@ def test_batch_statistics_in_training_running_ones_else_and_no_dropout():
     torch.testing.assert_close(in_training, plain(x).detach())
 
 
-def test_a_network_that_differentiates_itself():
-    """The residual of u'' = -sin(x), as a network's output."""
+class Residual(nn.Module):
+    """Of u'' = -sin(x)."""
 
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.u = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    def __init__(self):
+        super().__init__()
+        self.u = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
-        def forward(self, x):
-            x = x.detach().requires_grad_()
-            first = torch.autograd.grad(self.u(x).sum(), x, create_graph=True)[0]
-            return torch.autograd.grad(first.sum(), x, create_graph=True)[0] + torch.sin(x)
+    @torch.enable_grad()
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        first = torch.autograd.grad(self.u(x).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(first.sum(), x, create_graph=True)[0] + torch.sin(x)
 
+
+class ForwardResidual(Residual):
+    """By forward mode, which does not nest."""
+
+    def forward(self, x):
+        second = torch.func.vmap(torch.func.hessian(lambda one: self.u(one[None])[0, 0]))
+        return second(x)[:, :, 0] + torch.sin(x)
+
+
+@pytest.mark.parametrize("kind", [Residual, ForwardResidual])
+@pytest.mark.filterwarnings("ignore:the curvature of")
+def test_networks_that_differentiate_themselves(kind):
     torch.manual_seed(0)
-    model, loss_fn = Residual(), nn.MSELoss()
+    model, loss_fn = kind(), nn.MSELoss()
     optimizer = _start(model, loss_fn)
     x = torch.linspace(0, 3, 12, dtype=torch.float64)[:, None]
     losses = []

@@ -37,17 +37,27 @@ class Replica:
 
     @apart()
     def outputs(self, inputs: Arguments) -> Tensor:
-        """The output at the parameters as they are, detached."""
-        return _run(self._current(), in_full_precision(inputs), {}).detach()
+        """The output at the parameters as they are, detached; of the network as `products` found it."""
+        shadow = self._shadow or self._current()
+        shadow.sync()
+        return _run(shadow, in_full_precision(inputs), {}).detach()
 
     @apart()
     def products(self, inputs: Arguments, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
-        """The output, and the product of its Jacobian with each direction, all of the output's shape."""
+        """The output, and the product of its Jacobian with each direction, all of the output's shape.
+
+        Raises:
+            RuntimeError: As the network raises it.
+        """
         inputs, shadow = in_full_precision(inputs), self._current()
+        shadow.sync()
         if not self._lacks_forward_mode:
             try:
                 return _forward_products(shadow, inputs, directions)
-            except NotImplementedError:  # an operation without a forward-mode rule
+            except RuntimeError as error:
+                # An operation without a forward-mode rule, or a network with a forward mode of its own.
+                if not isinstance(error, NotImplementedError) and "forward mode" not in str(error):
+                    raise
                 self._lacks_forward_mode = True
         return _backward_products(shadow, inputs, directions)
 
@@ -61,7 +71,6 @@ class Replica:
                     # Its own running statistics play no part then, and are not to be averaged further.
                     module._buffers.update(running_mean=None, running_var=None)
             self._shadow.require(())
-        self._shadow.sync()
         return self._shadow
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,6 +90,7 @@ def _forward_products(
     return outputs, found
 
 
+@torch.enable_grad()
 def _backward_products(
     shadow: Shadow, inputs: Arguments, directions: Sequence[Direction]
 ) -> tuple[Tensor, list[Tensor]]:
@@ -100,15 +110,25 @@ def _backward_products(
 
 
 def _run(shadow: Shadow, inputs: Arguments, replaced: Direction) -> Tensor:
-    held = {name: replaced.get(name, p) for name, p in shadow.parameters.items()}
-
     def forwards(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(shadow.module, held, args, kwargs)
+        # Under all of its names, if it has several, as torch would find out at each call.
+        held = {alias: replaced[name] for alias, name in _aliases(shadow).items() if name in replaced}
+        return functional_call(shadow.module, held, args, kwargs, tie_weights=False)
 
+    function = forwards if replaced else shadow.module
     # With gradients on: a network may differentiate its own output, as physics-informed ones do.
     with torch.enable_grad():
-        outputs: Tensor = under(Substituting(), lambda: shadow.read(inputs.call(forwards)))
+        outputs: Tensor = under(Substituting(), lambda: shadow.read(inputs.call(function)))
     return outputs
+
+
+def _aliases(shadow: Shadow) -> dict[str, str]:
+    """All names that a parameter has -> the one that it goes by."""
+    if "aliases" not in shadow.notes:
+        listed = shadow.module.named_parameters(remove_duplicate=False)
+        shadow.notes["aliases"] = {alias: shadow.name_of[id(p)] for alias, p in listed}
+    found: dict[str, str] = shadow.notes["aliases"]
+    return found
 
 
 def _normalises_batches(module: nn.Module) -> bool:
