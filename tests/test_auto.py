@@ -505,7 +505,7 @@ def test_the_average_of_models():
 
 
 def test_what_a_model_allows():
-    """Nothing at its minimum, damped or not, or at less; at more than that what it explains, and its curvature's part."""
+    """Nothing at its minimum, damped or not, or at less; at more what it explains and its curvature's part."""
     model = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in ([-2.0], [[4.0]], [[1.0]])))
     assert [model.allows(torch.tensor([c], dtype=torch.float64)) for c in (0.25, 0.5, 1.0)] == [0, 0, 2]
     assert model.allows(model.minimum(3.0)) == 0
