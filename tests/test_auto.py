@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
 from fishopt.optim.replica import Replica
 from fishopt.optim.search import Memory
+from tests.test_atomic import _all_of, _At
 
 LOSSES = {
     "squared": (nn.MSELoss(), lambda h: torch.randn_like(h)),
@@ -541,3 +543,32 @@ def test_what_a_model_allows():
     model = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in ([-2.0], [[4.0]], [[1.0]])))
     assert [model.allows(torch.tensor([c], dtype=torch.float64)) for c in (0.25, 0.5, 1.0)] == [0, 0, 2]
     assert model.allows(model.minimum(3.0)) == 0
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_an_interrupt_at_any_line_is_before_or_after_the_step(at):
+    """A step with a refresh, and one without."""
+    model, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(model, loss_fn)
+    _trained(model, optimizer, loss_fn, range(at))
+
+    def started():
+        copied, other = copy.deepcopy((model, optimizer))
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(at)).double()
+        _backward(copied, other, loss_fn, x, x[:, :3].sin())
+        return copied, other
+
+    untouched, whole = started(), started()
+    started()[1].step()  # some lines are for the first time alone
+    counter = _At()
+    counter.during(whole[1].step)
+    ends = [_all_of(*pair) for pair in (untouched, whole)]
+    seen = set()
+    for line in {*random.Random(at).sample(range(1, counter.count), 30), *range(counter.count - 20, counter.count)}:
+        pair = started()
+        with pytest.raises(KeyboardInterrupt):
+            _At(line).during(pair[1].step)
+        after = _all_of(*pair)
+        assert after in ends, line
+        seen.add(ends.index(after))
+    assert seen == {0, 1}
