@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
 import fishopt
+from fishopt.optim import recorder
 from fishopt.optim.auto import START
 from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
@@ -572,3 +573,53 @@ def test_an_interrupt_at_any_line_is_before_or_after_the_step(at):
         assert after in ends, line
         seen.add(ends.index(after))
     assert seen == {0, 1}
+
+
+def test_what_was_trained_on_before_a_step_does_not_count_for_the_next():
+    """Not even if its graph is gone through again."""
+    model, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(model, loss_fn)
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    loss = loss_fn(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    (2 * loss).backward()
+    (record,) = optimizer._recorder.records
+    assert [float(call.factor) for call in record.calls] == [2.0]
+
+
+def test_all_micro_batches_are_kept(monkeypatch):
+    monkeypatch.setattr(recorder, "MAX_KEPT", 1)
+    model, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(model, loss_fn, refresh_inputs=2)
+    for _ in range(3):
+        loss_fn(model(torch.randn(6, 4).double()), torch.randn(6, 3).double()).backward()
+    assert len(optimizer._recorder.records) == 3
+
+
+def test_damping_is_relative_to_the_present_curvature():
+    """Not to its peak: the size of a step is found, so it cannot grow without bound where F goes to zero."""
+    model, loss_fn = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    optimizer = _start(model, loss_fn, decay=0.0, estimator="exact", refresh_inputs=6)
+    x = torch.randn(6, 4).double()
+    peaks = []
+    for size in (1.0, 1e-2):
+        optimizer.refresh(size * x)
+        peaks.append(optimizer.state[model.weight]["peak"].item())
+    assert peaks[1] < peaks[0]
+
+
+def test_a_checkpoint_brings_the_search_along():
+    """Into an optimizer with a learning rate, as all options of the groups."""
+    source, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(source, loss_fn)
+    _trained(source, optimizer, loss_fn, range(2))
+    model = _network()
+    other = fishopt.DiagonalNGD(model, loss_fn)
+    other.load_state_dict(optimizer.state_dict())
+    model.load_state_dict(source.state_dict())
+    for a, b in zip(
+        _trained(source, optimizer, loss_fn, range(2, 4)), _trained(model, other, loss_fn, range(2, 4)), strict=True
+    ):
+        assert torch.equal(a, b)
