@@ -128,11 +128,14 @@ def test_the_minimum_of_a_model():
     assert Quadratic(slopes, a, m).change(expected) == pytest.approx(
         float(slopes @ expected + expected @ a @ expected / 2)
     )
-    twice = torch.tensor([[1 / 3, 0, 0], [0.7, 0, 0], [0, 0, 0]]).double()  # d, a multiple, and nothing
-    c = Quadratic(twice @ slopes, twice @ a @ twice.T, twice @ m @ twice.T).minimum(0.3)
-    assert c @ twice[:, 0] == pytest.approx(float(-slopes[0] / (a[0, 0] + 0.3 * m[0, 0])))
-    assert c.abs().max() < 100
-    assert c[2] == 0
+    for factor in torch.linspace(0.1, 3, 20, dtype=torch.float64):  # d, a multiple, and nothing
+        d = torch.tensor([0.7, 0.2, -1.1], dtype=torch.float64)
+        rows = torch.stack([d, factor * d, 0 * d])
+        c = Quadratic(rows @ slopes, rows @ a @ rows.T, rows @ m @ rows.T).minimum(0.3)
+        length = -slopes @ d / (d @ (a + 0.3 * m) @ d)
+        torch.testing.assert_close(c @ rows, length * d)
+        assert c.abs().max() < 20 * length.abs()
+        assert c[2] == 0
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
