@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS, Config, sampled, switch
+from benchmarks.methods import METHODS, sampled, switch
 from benchmarks.problems import PROBLEMS, objective
 from benchmarks.runs import Curve, Run, Spec, environment
 
@@ -57,8 +57,7 @@ class Training:
         losses: list[Tensor] = []
         start = time.perf_counter()
         try:
-            for _ in range(min(self.problem.every, self.spec.steps - self._step)):
-                losses.append(self._make_step())
+            losses.extend(self._make_step() for _ in range(min(self.problem.every, self.spec.steps - self._step)))
         except RuntimeError as error:
             if "in a row" not in str(error):  # what fishopt says once numbers stay infinite
                 raise
