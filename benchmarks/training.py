@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS, sampled, switch
+from benchmarks.methods import METHODS, surroundings, switch
 from benchmarks.problems import PROBLEMS, objective
 from benchmarks.runs import Curve, Run, Spec, environment
 
@@ -71,7 +71,7 @@ class Training:
 
         def closure() -> Tensor:
             self._optimizer.zero_grad()
-            with sampled(self._optimizer):
+            with surroundings(self.method, self._optimizer):
                 loss = objective(self._loss, self._model(some.inputs), some.targets)
                 loss.backward(create_graph=self.method.graph)
             self._gradients += 1
