@@ -120,6 +120,14 @@ def test_a_run_is_the_same_to_the_bit_whatever_takes_turns_with_it(tmp_path):
     assert numbers(store.read(heat[0])) != numbers(alone)
 
 
+def test_a_heat_has_each_method_once():
+    specs = protocol.tuning(["digits_mlp", "fit_curve"], ["AdamW", "SGD"], 3)
+    found = protocol.heats(specs)
+    assert [[s.method for s in heat] for heat in found] == [["AdamW", "SGD"]] * 6
+    assert all(a.problem == b.problem and a.config["schedule"] == b.config["schedule"] for a, b in found)
+    assert sorted(map(repr, specs)) == sorted(repr(s) for heat in found for s in heat)
+
+
 def test_finished_runs_are_not_repeated(tmp_path):
     store = Store(tmp_path)
     done, new = spec(steps=3), spec(method="NAdam", steps=3)
