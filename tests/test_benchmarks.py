@@ -1,7 +1,11 @@
 """The benchmarks: data, problems, methods, the protocol, runs that resume."""
 
+import functools
 import gzip
+import hashlib
+import http.server
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -71,6 +75,23 @@ def test_sources_read_the_official_files_and_overlap_nowhere(name, files):
         assert found.train.inputs[7, 100] == raw[7 * 784 + 100] / 255
     if name == "shakespeare":
         assert torch.equal(found.train.inputs[3, 1:], found.train.targets[3, :-1])
+
+
+def test_what_is_not_there_is_fetched_and_its_checksum_compared(files, tmp_path, monkeypatch):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=files)
+    monkeypatch.setattr(handler.func, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/tinyshakespeare/input.txt"
+        monkeypatch.setattr(data, "SHAKESPEARE_URL", url)
+        with pytest.raises(ValueError, match="hash"):
+            data.SOURCES["shakespeare"](tmp_path / "wrong")
+        assert not (tmp_path / "wrong" / "tinyshakespeare" / "input.txt").exists()
+        text = (files / "tinyshakespeare" / "input.txt").read_bytes()
+        monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+        fetched = data.SOURCES["shakespeare"](tmp_path / "right")
+        server.shutdown()
+    assert torch.equal(fetched.train.inputs, data.SOURCES["shakespeare"](files).train.inputs)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
