@@ -162,7 +162,7 @@ class ScheduleFree(FisherOptimizer):
             transaction.commit()
             for p, state, y, off in moved:
                 state["y"] = y
-                p.copy_(_average(y, state, off))
+                p.sub_(state["exp_avg"], alpha=off)  # needs no memory, which there may not be
 
     def _put_trained_back(self) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():
@@ -184,17 +184,14 @@ class ScheduleFree(FisherOptimizer):
             self._let_go_with_self()
 
 
-def _average(y: Tensor, state: State, off: float) -> Tensor:
-    return torch.sub(y, state["exp_avg"], alpha=off)
-
-
 def _trained(p: Tensor, state: State, off: float) -> Tensor:
     """What was trained before the average was put in, to the bit; in entries that were changed since, moved along."""
     moved = torch.add(p, state["exp_avg"], alpha=off)
     if "y" not in state:  # a checkpoint that was put together from parts
         return moved
     y = state["y"].to(p)
-    return torch.where((p == y) | (p == _average(y, state, off).to(p)), y, moved.to(p))
+    average = torch.sub(y, state["exp_avg"], alpha=off).to(p.dtype)
+    return torch.where((p == y) | (p == average), y, moved.to(p))
 
 
 class Switch:
