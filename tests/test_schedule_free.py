@@ -1,20 +1,26 @@
 """Schedule-free averaging: its formulas, and which of y and x the parameters hold when."""
 
+import contextlib
 import copy
 import functools
 import gc
 import io
 import math
 import pickle
+import signal
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fishopt
 from fishopt.optim import buckets
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment
+from tests.ranks import gathered, worlds
 
 LOSS = nn.CrossEntropyLoss()
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -525,6 +531,23 @@ def test_wrapped_models(order):
     assert _same(_values(model), y)
 
 
+@worlds(2)
+def test_one_process_evaluates():
+    """Without the others, and without the wrapper."""
+    wrapped = DistributedDataParallel(model := _network(torch.float64))
+    _, optimizer = _start(wrapped)
+    for step in range(12):
+        _train(wrapped, optimizer, 1, 2 * step + dist.get_rank())
+        if dist.get_rank() == 0:
+            _evaluate(model)
+    wrapped.eval()
+    with torch.no_grad():
+        wrapped(X.double())
+    values = [p.tolist() for p in model.parameters()]
+    assert all(value == values for value in gathered(values))
+    assert optimizer.state_dict()["fishopt"]["holds"] == "average"
+
+
 # --- errors on the way ---
 
 
@@ -552,3 +575,47 @@ def test_lack_of_memory_in_a_switch_changes_nothing(monkeypatch, at):
     assert _same(_values(model), before)
     optimizer.train()
     assert _same(_values(model), y)
+
+
+def test_an_interrupted_switch_is_whole():
+    """At each line of it: what the parameters hold is what the optimizer says, and y is not lost."""
+    model, optimizer = _start()
+    _train(model, optimizer, 5)
+    y = _values(model)
+    optimizer.eval()
+    x = _values(model)
+    optimizer.train()
+    seen = set()
+    for switch in ("eval", "train"):
+        for line in range(1, 200, 2):
+            before = optimizer.state_dict()["fishopt"]["holds"]
+            with contextlib.suppress(KeyboardInterrupt):
+                _interrupted_at(line, getattr(optimizer, switch))
+            holds = optimizer.state_dict()["fishopt"]["holds"]
+            seen.add((switch, before, holds))
+            assert _same(_values(model), y if holds == "trained" else x), (switch, line)
+            (optimizer.train if switch == "eval" else optimizer.eval)()
+    asked = "average, asked for"
+    assert seen >= {("eval", "trained", end) for end in ("trained", asked)}
+    assert seen >= {("train", asked, end) for end in ("trained", asked)}
+
+
+def _interrupted_at(line, function):
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        if "/fishopt/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)

@@ -82,14 +82,13 @@ class ScheduleFree(FisherOptimizer):
         with which this happens by itself. `train`, `step` and a call in training mode end it.
         """
         if self._holds == TRAINED:
-            self._put_averages_in()
+            self._put_averages_in(ASKED)
         self._holds = ASKED
 
     def train(self) -> None:
         """Puts back what is trained; a training forward and `step` do this by themselves."""
         if self._holds != TRAINED:
             self._put_trained_back()
-        self._holds = TRAINED
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `FisherOptimizer.add_param_group`."""
@@ -112,8 +111,7 @@ class ScheduleFree(FisherOptimizer):
         trains, grad = self._model.training, torch.is_grad_enabled()
         if self._holds == TRAINED:
             if not trains and not grad:
-                self._put_averages_in()
-                self._holds = AVERAGE
+                self._put_averages_in(AVERAGE)
         elif (trains and grad) or (self._holds == AVERAGE and (trains or grad)):
             self.train()
 
@@ -156,13 +154,14 @@ class ScheduleFree(FisherOptimizer):
                     follow(p, self.state[p])
                     yield p, self.state[p], 1 - group["betas"][0]
 
-    def _put_averages_in(self) -> None:
+    def _put_averages_in(self, holds: str) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():
             moved = [(p, state, p.clone(), off) for p, state, off in self._moved()]
             transaction.commit()
             for p, state, y, off in moved:
                 state["y"] = y
                 p.sub_(state["exp_avg"], alpha=off)  # needs no memory, which there may not be
+            self._holds = holds
 
     def _put_trained_back(self) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():
@@ -171,6 +170,7 @@ class ScheduleFree(FisherOptimizer):
             for p, state, y in moved:
                 state.pop("y", None)
                 p.copy_(y)
+            self._holds = TRAINED
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: vars(self)[name] for name in ("_wrapped", "_switch", "_switch_handles")}
