@@ -13,14 +13,14 @@ from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
-from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.estimate import Moment
 from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
+from fishopt.optim.schedule_free import ScheduleFree, schedule_free_update
 from fishopt.optim.units import Params
 
 
-class FisherAdam(FisherOptimizer):
+class FisherAdam(ScheduleFree):
     r"""Adam-like: ``m / (sqrt(F/B) + damping * rms + eps)`` with decoupled weight decay.
 
     ``F/B``, the Fisher diagonal over the batch size, is the second moment of the gradient that Adam's ``v`` estimates
@@ -41,6 +41,10 @@ class FisherAdam(FisherOptimizer):
             as the Fisher diagonal of an untrained network is tiny. A safeguard, not a normaliser: of a large float32
             tensor a regular sample is measured, a 61st of it but at least 8192 entries.
         weight_decay: Decoupled weight decay, as in AdamW.
+        schedule_free: Average the iterates instead of decaying ``lr`` (Defazio et al., 2024): gradients are taken
+            between the last iterate and the average, ``betas[0]`` of the way, without other momentum. The parameters
+            hold the average while the model is called in eval mode without gradients, and from there until the next
+            training forward; see `eval` and `train` for other occasions.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
             ``"exact"``.
@@ -68,6 +72,7 @@ class FisherAdam(FisherOptimizer):
         damping: float = 1.0,
         clip: float = 1.0,
         weight_decay: float = 1e-2,
+        schedule_free: bool = False,
         estimator: str = "auto",
         criterion: str = "efficiency",
         refresh_every: int = 20,
@@ -83,6 +88,7 @@ class FisherAdam(FisherOptimizer):
             "damping": damping,
             "clip": clip,
             "weight_decay": weight_decay,
+            "schedule_free": schedule_free,
             "estimator": estimator,
             "maximize": maximize,
         }
@@ -100,6 +106,7 @@ class FisherAdam(FisherOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])
+        check_flag("schedule_free", group["schedule_free"])
         checks.pair("betas", group["betas"])
         for name in ("lr", "eps", "damping", "weight_decay"):
             checks.number(name, group[name])
@@ -115,13 +122,14 @@ class FisherAdam(FisherOptimizer):
         # Not zero, which no gradient may be divided by, nor is its square.
         least.clamp_min_(torch.finfo(least.dtype).tiny ** 0.5)
         root = fisher.values.sqrt_()
+        denominator = torch.add(least, root, alpha=(factor * fisher.correction) ** 0.5, out=root)
         # Squared, as Adam keeps its second moment.
-        return torch.add(least, root, alpha=(factor * fisher.correction) ** 0.5, out=root).square_()
+        return denominator.reciprocal_() if group["schedule_free"] else denominator.square_()
 
     def _update(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
             bucket.advance()
-            adam_update(bucket)
+            (schedule_free_update if bucket.group["schedule_free"] else adam_update)(bucket)
 
 
 def adam_update(bucket: Bucket) -> None:

@@ -20,6 +20,7 @@ from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unsca
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged
 from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
+from fishopt.optim.checkpoint import TRAINED
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
@@ -76,6 +77,7 @@ class FisherOptimizer(Resumable, ABC):
         self._refresh_every = refresh_every
         self._steps = 0
         self._is_fresh = False
+        self._holds = TRAINED
         self._skipped = Skipped()
         self._plan: Plan | None = None
         self._moment = Moment(1, 1.0, 1.0)
@@ -111,6 +113,13 @@ class FisherOptimizer(Resumable, ABC):
     def _update(self, buckets: list[Bucket]) -> None:
         """Counts the step and moves the parameters; each one's state holds its ``"preconditioner"``."""
 
+    def _to_trained(self) -> None:
+        """Puts what is trained into the parameters, where a rule has something else in them at times."""
+
+    def _make_room(self) -> None:
+        """Makes all the state that there will be."""
+        make_room(self, self._scalars)
+
     # --- torch.optim's interface ---
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -128,13 +137,15 @@ class FisherOptimizer(Resumable, ABC):
         """
         checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
-            make_room(self, self._scalars)
+            self._make_room()
             return None
         started = self._start_clock()
         loss = None
         if closure is not None:
+            self._to_trained()
             with torch.enable_grad():
                 loss = closure()
+        self._to_trained()
         with Transaction() as transaction, torch.no_grad():
             members = with_gradient(self.param_groups)
             if not self._can_step(members):
@@ -175,6 +186,7 @@ class FisherOptimizer(Resumable, ABC):
         given = checked_inputs({**dict(enumerate(inputs)), **named})
         if any(x.is_floating_point() and not x.isfinite().all() for x in given.leaves):
             raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+        self._to_trained()
         started = self._start_clock()
         given = Arguments(inputs, named)
         recorded = self._recorder.last
