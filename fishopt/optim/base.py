@@ -18,7 +18,7 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
-from fishopt.optim.averages import Average, averaged
+from fishopt.optim.averages import Average, averaged, measure
 from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
@@ -53,8 +53,10 @@ class FisherOptimizer(Resumable, ABC):
         refresh_inputs: int,
         output: Any,
         generator: torch.Generator | None,
+        scale: str = "auto",
     ) -> None:
-        family, estimates_noise = training_likelihood(likelihood)
+        family, estimates_noise = training_likelihood(likelihood, scale)
+        self._grafts = scale == "gradient"
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
@@ -144,7 +146,7 @@ class FisherOptimizer(Resumable, ABC):
             transaction.commit()
             unscale_gradients(self)
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=True)
             self._is_fresh = False
             self._update(self._planned(members).buckets)
             self._steps += 1
@@ -186,7 +188,7 @@ class FisherOptimizer(Resumable, ABC):
             estimate = self._estimate(record, transaction)
             transaction.commit()
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=False)
             self._is_fresh = estimate is not None
             self._seconds = time.perf_counter() - started
 
@@ -277,8 +279,8 @@ class FisherOptimizer(Resumable, ABC):
         scale = handed_over(self)
         return grad if grad is None or scale is None else grad / scale.to(grad.device)
 
-    def _take(self, estimate: Estimate) -> None:
-        """Takes an estimate into the averages and preconditioners."""
+    def _take(self, estimate: Estimate, *, trained: bool) -> None:
+        """Takes an estimate into the averages and preconditioners; ``trained``: the gradients are a step's."""
         if not estimate.diagonal:
             return
         self._moment, self._plan = estimate.moment, None
@@ -286,6 +288,8 @@ class FisherOptimizer(Resumable, ABC):
         params = {name: options[name][0] for name in estimate.diagonal}
         states = {name: self.state[p] for name, p in params.items()}
         decays = {name: self._decay(options[name][1]) for name in params}
+        if self._grafts and trained:
+            measure(params, states)
         for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)

@@ -130,8 +130,7 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
         if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
             continue
-        if "peak" in state:
-            shapes["peak"] = ()
+        shapes.update(dict.fromkeys(state.keys() & {"peak", "energy"}, ()))
         for name, shape in shapes.items():
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
