@@ -112,6 +112,23 @@ def test_auto_estimates_it_for_squared_loss_alone():
     assert unknown._curvature.estimates_noise
 
 
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_positions_that_do_not_count_have_no_residuals(estimator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.randint(0, 3, (5, 2))
+    y[0, 1] = y[3, 0] = -100
+    options = {**WHOLE, "estimator": estimator, "betas": (0.9, 0.0)}
+    optimizer = fishopt.FisherAdam(model, fishopt.Categorical(), scale="dispersion", **options)
+    with torch.no_grad():
+        found, expected = _by_hand("categorical", model(x)[y != -100], y[y != -100])
+    fisher = fishopt.fisher_diagonal(model, x, fishopt.Categorical(), estimator=estimator, targets=y)
+    nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    optimizer.step()
+    assert optimizer._moment.dispersion == pytest.approx(float(found / expected), rel=1e-10)
+    assert_close({name: optimizer.state[p]["fisher"] for name, p in model.named_parameters()}, fisher)
+
+
 def test_dispersion_is_relative_to_the_network_that_f_is_of():
     """In eval mode: with dropout, residuals are of the training output, the variance is not."""
     torch.manual_seed(0)

@@ -116,7 +116,7 @@ class Curvature:
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: self._residuals(training.at_output))
+            residuals = attempt(lambda: self._residuals(training.at_output, record.counted))
             seen = residuals if self.estimates_noise else None
             noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)
@@ -144,7 +144,7 @@ class Curvature:
             self._shadow = Shadow(self._model, self._readout)
         return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
 
-    def _residuals(self, gradient: Tensor | None) -> Tensor | None:
+    def _residuals(self, gradient: Tensor | None, counted: Tensor | None) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
 
         Raises:
@@ -156,7 +156,7 @@ class Curvature:
         likelihood, c = self._likelihood.at(gradient.to(wide))
         if not _all_finite([c]):
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
-        observations = len(c) * likelihood.positions
+        observations = len(c) * likelihood.positions if counted is None else int(counted.sum())
         return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _select(
