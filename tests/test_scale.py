@@ -1,6 +1,7 @@
 """Where the size of F is from, ``FisherAdam(scale=...)``: against sums by hand, and as what it promises."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_positions_that_do_not_count_have_no_residuals(estimator):
     optimizer.step()
     assert optimizer._moment.dispersion == pytest.approx(float(found / expected), rel=1e-10)
     assert_close({name: optimizer.state[p]["fisher"] for name, p in model.named_parameters()}, fisher)
+
+
+def test_dispersion_compares_the_same_inputs():
+    """Of a refresh that looks at two: both sums are over these."""
+    model, (x, y) = _model(), _data("bernoulli")
+    optimizer = fishopt.FisherAdam(model, LOSSES["bernoulli"], scale="dispersion", **{**WHOLE, "refresh_inputs": 2})
+    with torch.no_grad():
+        h = model(x)
+    sums = [_by_hand("bernoulli", h[list(rows)], y[list(rows)]) for rows in itertools.combinations(range(6), 2)]
+    _step(model, optimizer, LOSSES["bernoulli"], (x, y))
+    ratios = [float(found / expected) for found, expected in sums]
+    assert sum(optimizer._moment.dispersion == pytest.approx(ratio, rel=1e-10) for ratio in ratios) == 1
 
 
 def test_dispersion_is_relative_to_the_network_that_f_is_of():
