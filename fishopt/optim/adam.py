@@ -50,6 +50,11 @@ class FisherAdam(ScheduleFree):
             ``"exact"``.
         refresh_every: Steps between estimates, after the first ten.
         refresh_inputs: Inputs of the batch that an estimate uses.
+        scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
+            ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
+            ``"gradient"``: each layer's mean of F/B is the moving average of its training gradients' mean square.
+            ``"auto"``: ``"dispersion"`` for ``nn.MSELoss``, else ``"likelihood"``. A `Gaussian` whose variance is to be
+            estimated has it estimated under any.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
             key such as ``"logits"``, or an attribute's name.
@@ -77,6 +82,7 @@ class FisherAdam(ScheduleFree):
         criterion: str = "efficiency",
         refresh_every: int = 20,
         refresh_inputs: int = 16,
+        scale: str = "auto",
         maximize: bool = False,
         output: Callable[[Any], Any] | str | int | None = None,
         generator: torch.Generator | None = None,
@@ -102,7 +108,9 @@ class FisherAdam(ScheduleFree):
             refresh_inputs=refresh_inputs,
             output=output,
             generator=generator,
+            scale=scale,
         )
+        self._scalars = ("energy",) if self._grafts else ()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])
@@ -117,12 +125,16 @@ class FisherAdam(ScheduleFree):
 
     def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
-        factor = moment.scale**2 * moment.dispersion / moment.batch_size
+        factor = torch.full_like(fisher.layer, moment.scale**2 * moment.dispersion / moment.batch_size)
+        if fisher.energy is not None:
+            tiny = torch.finfo(factor.dtype).tiny
+            known = (fisher.energy > tiny) & (fisher.layer > tiny)
+            factor = torch.where(known, fisher.energy / fisher.layer, factor)
         least = (fisher.layer * factor).sqrt().mul_(group["damping"]).add_(group["eps"])
         # Not zero, which no gradient may be divided by, nor is its square.
         least.clamp_min_(torch.finfo(least.dtype).tiny ** 0.5)
         root = fisher.values.sqrt_()
-        denominator = torch.add(least, root, alpha=(factor * fisher.correction) ** 0.5, out=root)
+        denominator = torch.addcmul(least, root, (factor * fisher.correction).sqrt(), out=root)
         # Squared, as Adam keeps its second moment.
         return denominator.reciprocal_() if group["schedule_free"] else denominator.square_()
 

@@ -18,7 +18,7 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
-from fishopt.optim.averages import Average, averaged
+from fishopt.optim.averages import Average, averaged, measure
 from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
 from fishopt.optim.checkpoint import TRAINED
 from fishopt.optim.curvature import Curvature
@@ -54,8 +54,10 @@ class FisherOptimizer(Resumable, ABC):
         refresh_inputs: int,
         output: Any,
         generator: torch.Generator | None,
+        scale: str = "auto",
     ) -> None:
-        family, estimates_noise = training_likelihood(likelihood)
+        family, estimates_noise = training_likelihood(likelihood, scale)
+        self._grafts = scale == "gradient"
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
@@ -155,7 +157,7 @@ class FisherOptimizer(Resumable, ABC):
             transaction.commit()
             unscale_gradients(self)
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=True)
             self._is_fresh = False
             self._update(self._planned(members).buckets)
             self._steps += 1
@@ -198,7 +200,7 @@ class FisherOptimizer(Resumable, ABC):
             estimate = self._estimate(record, transaction)
             transaction.commit()
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=False)
             self._is_fresh = estimate is not None
             self._seconds = time.perf_counter() - started
 
@@ -289,8 +291,8 @@ class FisherOptimizer(Resumable, ABC):
         scale = handed_over(self)
         return grad if grad is None or scale is None else grad / scale.to(grad.device)
 
-    def _take(self, estimate: Estimate) -> None:
-        """Takes an estimate into the averages and preconditioners."""
+    def _take(self, estimate: Estimate, *, trained: bool) -> None:
+        """Takes an estimate into the averages and preconditioners; ``trained``: the gradients are a step's."""
         if not estimate.diagonal:
             return
         self._moment, self._plan = estimate.moment, None
@@ -298,6 +300,8 @@ class FisherOptimizer(Resumable, ABC):
         params = {name: options[name][0] for name in estimate.diagonal}
         states = {name: self.state[p] for name, p in params.items()}
         decays = {name: self._decay(options[name][1]) for name in params}
+        if self._grafts and trained:
+            measure(params, states)
         for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)

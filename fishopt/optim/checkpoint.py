@@ -142,7 +142,7 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
         if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
             continue
-        optional: dict[str, tuple[int, ...]] = {"peak": (), "y": tuple(p.shape), "averaged": (), "lr_max": ()}
+        optional = dict.fromkeys(("peak", "energy", "averaged", "lr_max"), ()) | {"y": tuple(p.shape)}
         shapes |= {name: shape for name, shape in optional.items() if name in state}
         for name, shape in shapes.items():
             value = state[name]
