@@ -122,6 +122,17 @@ class FisherOptimizer(Resumable, ABC):
         """Makes all the state that there will be."""
         make_room(self, self._scalars)
 
+    def _prepared(
+        self,
+        estimate: Estimate | None,
+        members: Members,
+        closure: Callable[[], Any] | None,
+        loss: Any,
+        transaction: Transaction,
+    ) -> Estimate | None:
+        """What a rule computes while the step can still fail; returns the estimate that is left to be taken."""
+        return estimate
+
     # --- torch.optim's interface ---
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -154,6 +165,7 @@ class FisherOptimizer(Resumable, ABC):
                 self._recorder.start_anew()
                 return loss
             estimate = self._estimate(self._last_record(), transaction) if self._is_due(members) else None
+            estimate = self._prepared(estimate, members, closure, loss, transaction)
             transaction.commit()
             unscale_gradients(self)
             if estimate is not None:

@@ -13,12 +13,26 @@ from fishopt.optim.recorder import LossHook, Recorder
 
 KEPT = (
     *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
-    *("_recorder", "_handle", "_readout", "_skipped", "_holds"),
+    *("_recorder", "_handle", "_loss", "_readout", "_skipped", "_holds"),
 )
 """Attributes that go along, besides torch's own three."""
 
-RENEWED = ("_plan", "_started")
+RENEWED = ("_plan", "_started", "_auto")
 """Those that the copy makes anew."""
+
+
+class Shared:
+    """The loss module in use: a copy of an optimizer listens to the same one, or to its copy if there is one by then.
+
+    Args:
+        module: The loss.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return Shared(memo.get(id(self.module), self.module))
 
 
 class Copyable(torch.optim.Optimizer):
@@ -31,14 +45,19 @@ class Copyable(torch.optim.Optimizer):
 
     _recorder: Recorder
     _handle: RemovableHandle
+    _loss: Shared | None
 
     def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
         """Puts the recorder on the model and the loss, for as long as the optimizer is there."""
         self._handle = model.register_forward_hook(self._recorder, with_kwargs=True)
         weakref.finalize(self, self._handle.remove)
-        if loss is not None:
+        self._loss = None if loss is None else Shared(loss)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._loss is not None:
             # By way of the recorder, which a copy of the loss leaves behind.
-            weakref.finalize(self, loss.register_forward_hook(LossHook(self._recorder)).remove)
+            weakref.finalize(self, self._loss.module.register_forward_hook(LossHook(self._recorder)).remove)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: vars(self)[name] for name in KEPT} | dict.fromkeys(RENEWED)
@@ -52,6 +71,7 @@ class Copyable(torch.optim.Optimizer):
             return
         vars(self._recorder).update(recording)
         weakref.finalize(self, self._handle.remove)
+        self._listen()
 
     def __copy__(self) -> NoReturn:
         raise TypeError(f"two {type(self).__name__} cannot share state and model; use copy.deepcopy")

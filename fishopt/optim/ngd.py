@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
+from fishopt.optim.atomic import Transaction
+from fishopt.optim.auto import START, AutoStep, check_auto, refuse_distributed, refuse_scaler
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
-from fishopt.optim.buckets import Bucket, in_parts
-from fishopt.optim.estimate import Moment
+from fishopt.optim.buckets import Bucket, Members, in_parts
+from fishopt.optim.estimate import Estimate, Moment
 from fishopt.optim.units import Params
 
 TINY = torch.finfo(torch.float32).tiny
@@ -38,7 +40,9 @@ class DiagonalNGD(FisherOptimizer):
             estimated from the residuals; pass a `Gaussian` to fix it.
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
-        lr: Learning rate.
+        lr: Learning rate. With ``"auto"`` there is none to tune: each step minimises a quadratic model of the loss over
+            its size and the momentum, and is undone where the loss rises (see `fishopt.optim.auto`). A group's ``"lr"``
+            is then a factor of the step, 1 unless a scheduler changes it. For full and large batches.
         momentum: Decay rate, per step, of the moving average of the gradient.
         decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
         damping: Damping relative to the peak of the model's mean Fisher diagonal.
@@ -67,7 +71,7 @@ class DiagonalNGD(FisherOptimizer):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | str = 1e-3,
         momentum: float = 0.9,
         decay: float = 0.95,
         damping: float = 0.1,
@@ -81,8 +85,10 @@ class DiagonalNGD(FisherOptimizer):
         output: Callable[[Any], Any] | str | int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        is_auto = isinstance(lr, str) and lr == "auto"
         defaults = {
-            "lr": lr,
+            "lr": 1.0 if is_auto else lr,
+            "auto": START if is_auto else None,
             "momentum": momentum,
             "decay": decay,
             "damping": damping,
@@ -102,6 +108,18 @@ class DiagonalNGD(FisherOptimizer):
             output=output,
             generator=generator,
         )
+        self._auto: AutoStep | None = None
+        self._recorder.wants_loss = is_auto
+        if is_auto:
+            refuse_distributed(model)
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.param_groups[0]["auto"] is not None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._recorder.wants_loss = self._is_auto
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])
@@ -109,6 +127,8 @@ class DiagonalNGD(FisherOptimizer):
             checks.number(name, group[name], high=1.0)
         for name in ("lr", "weight_decay"):
             checks.number(name, group[name])
+        if group["auto"] is not None:
+            check_auto(group)
         checks.number("damping", group["damping"], above=True)
         checks.number("kl_radius", group["kl_radius"], above=True, infinite=True)
 
@@ -116,14 +136,59 @@ class DiagonalNGD(FisherOptimizer):
         return float(group["decay"])
 
     def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
-        peak = torch.maximum(fisher.model, state["peak"]) if "peak" in state else fisher.model.clone()
+        is_first = "peak" not in state or group["auto"] is not None
+        peak = fisher.model.clone() if is_first else torch.maximum(fisher.model, state["peak"])
         state["peak"] = peak
         least = (peak * group["damping"]).clamp_min_(torch.finfo(peak.dtype).tiny).mul_(moment.scale)
         values = fisher.values
         # The root of what the gradient is divided by: the length of m times it is the step's divergence.
         return torch.add(least, values, alpha=fisher.correction * moment.scale, out=values).rsqrt_()
 
+    def _can_step(self, members: Members) -> bool:
+        if self._is_auto:
+            refuse_scaler(self)
+        return super()._can_step(members)
+
+    def _prepared(
+        self,
+        estimate: Estimate | None,
+        members: Members,
+        closure: Callable[[], Any] | None,
+        loss: Any,
+        transaction: Transaction,
+    ) -> Estimate | None:
+        if not self._is_auto:
+            return estimate
+        if self._auto is None:
+            known = None if self._curvature.estimates_noise else self._recorder.likelihood
+            self._auto = AutoStep(self._model, self._readout, known)
+        objective = self._auto.objective(self._recorder.records, closure, loss)
+        if estimate is not None:
+            # Before the search, which needs it; the search may fail.
+            transaction.on_failure(self._restorer())
+            self._take(estimate)
+        if buckets := self._planned(members).buckets:
+            self._auto.search(buckets, self._name_of, objective, transaction)
+        return None
+
+    def _restorer(self) -> Callable[[], None]:
+        before, moment = {p: _copied(state) for p, state in self.state.items()}, self._moment
+
+        def restore() -> None:
+            self.state.clear()
+            self.state.update(before)
+            self._moment, self._plan = moment, None
+
+        return restore
+
     def _update(self, buckets: list[Bucket]) -> None:
+        if not self._is_auto:
+            self._descend(buckets)
+        elif self._auto is not None and buckets:
+            self._auto.take(buckets, self.param_groups[0])
+
+    def _descend(self, buckets: list[Bucket]) -> None:
+        """Moves by the learning rate, within the trust region."""
         moves, lengths = [], []
         for bucket in buckets:
             group = bucket.group
@@ -153,3 +218,7 @@ class DiagonalNGD(FisherOptimizer):
                     torch._foreach_mul_(moved, 1 - float(group["lr"]) * group["weight_decay"])
                 torch._foreach_addcmul_(moved, steps, roots, value=-rate)
                 bucket.narrow(params, moved)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from fishopt.likelihoods import Likelihood
+from fishopt.optim.calls import LossCall, Tag
 from fishopt.optim.world import group_of
 from fishopt.passes import Arguments
 
@@ -34,6 +35,7 @@ class Record:
         counted: Which labels count, where they have positions.
         factor: What the loss was multiplied by, None if the loss module does not tell.
         group: The processes that share this batch's gradient, None if there is one.
+        calls: The loss module's calls on the output that there was a backward through, if they were asked for.
     """
 
     inputs: Arguments
@@ -44,6 +46,7 @@ class Record:
     counted: Tensor | None = None
     factor: Tensor | None = None
     group: Any = None
+    calls: list[LossCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.count = self.count or self.inputs.count
@@ -55,6 +58,10 @@ class Record:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
         vars(self).update(state, group=dist.group.WORLD if state["group"] and dist.is_initialized() else None)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
+        return torch.stack([call.value(outputs) for call in self.calls]).sum()
 
     def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
@@ -98,6 +105,7 @@ class Recorder:
 
     Attributes:
         wants_gradient: Keep the loss's gradient with respect to the output as well.
+        wants_loss: Keep the calls of the loss module as well, and all micro-batches.
         keep: Inputs of earlier micro-batches to keep.
 
     Args:
@@ -118,14 +126,24 @@ class Recorder:
         active: bool = False,
     ) -> None:
         self.wants_gradient = wants_gradient
+        self.wants_loss = False
         self.keep = keep
-        self._likelihood, self._readout, self._active = likelihood, readout, active
+        self.likelihood, self._readout, self._active = likelihood, readout, active
         self._records: list[Record] = []
         self._dropped = self._parts = 0
         self._before: Record | None = None
         self._untrained: Record | None = None
         self._at_loss: Tensor | None = None
         self._is_checked = False
+
+    @property
+    def _key(self) -> str:
+        return f"_fishopt_record_{id(self)}"
+
+    @property
+    def records(self) -> list[Record]:
+        """What has been trained on since the last step, each forward by itself, in order."""
+        return list(self._records)
 
     @property
     def last(self) -> Record | None:
@@ -138,6 +156,8 @@ class Recorder:
         """After a step, or when gradients are set to zero."""
         if self._records:
             self._before = self.last
+        for record in self._records:
+            record.calls.clear()
         self._records = []
         self._dropped = self._parts = 0
 
@@ -156,12 +176,17 @@ class Recorder:
             return
         record = Record(Arguments(args, kwargs), group=group_of(module))
         self._untrained = record
+        if self.wants_loss:
+            Tag.put(trained[0], self._key, record)
         trained[0].register_hook(partial(self._backward, record))
 
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
             output.register_hook(self._keep_factor)
+            tag = Tag.of(args[0], self._key) if args else None
+            if tag is not None and tag.record is not None:
+                output.register_hook(partial(_keep_call, tag.record.calls, tag.call(module, args)))
 
     def _keep_factor(self, gradient: Tensor) -> None:
         self._at_loss = gradient.detach()
@@ -169,11 +194,11 @@ class Recorder:
     def _backward(self, record: Record, gradient: Tensor) -> None:
         # The loss is the last thing that a backward has been through.
         record.factor, self._at_loss = self._at_loss, None
-        if self._likelihood is not None and self._likelihood.leaves_out(gradient):
+        if self.likelihood is not None and self.likelihood.leaves_out(gradient):
             if not self._is_checked:
-                self._likelihood.check_gradient(gradient)
+                self.likelihood.check_gradient(gradient)
                 self._is_checked = True
-            record.counted = self._likelihood.counted_by(gradient)
+            record.counted = self.likelihood.counted_by(gradient)
         if self.wants_gradient:
             new = gradient.detach()
             record.gradient = new if record.gradient is None else record.gradient + new
@@ -187,7 +212,7 @@ class Recorder:
         while len(self._records) > 1:
             first = self._records[0]
             size = sum(x.numel() for one in self._records for x in one.inputs.leaves if isinstance(x, Tensor))
-            if size <= MAX_KEPT or kept - first.count < self.keep:
+            if self.wants_loss or size <= MAX_KEPT or kept - first.count < self.keep:
                 return
             kept -= first.count
             self._dropped += first.count
@@ -219,6 +244,10 @@ class LossHook:
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()
+
+
+def _keep_call(calls: list[LossCall], call: LossCall, gradient: Tensor) -> None:
+    calls.append(replace(call, factor=gradient.detach()))
 
 
 def _kinds(record: Record) -> list[Any]:

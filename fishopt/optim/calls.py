@@ -1,0 +1,68 @@
+"""Calls of the loss module on a model's output: what it takes to evaluate the loss of other outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class LossCall:
+    """A call of the loss module on the model's output, or on a view of it.
+
+    Attributes:
+        module: The loss.
+        targets: Its further arguments.
+        view: Shape, strides and offset, in the output, of what it was called with.
+        factor: What its value was multiplied by; known once there was a backward.
+    """
+
+    module: nn.Module
+    targets: tuple[Any, ...]
+    view: tuple[torch.Size, tuple[int, ...], int]
+    factor: Tensor | float = 1.0
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """The loss of other outputs, times its factor."""
+        targets = (x.to(outputs) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.targets)
+        # Not by calling it: nobody is to be told.
+        loss: Tensor = self.module.forward(outputs.contiguous().as_strided(*self.view), *targets)
+        return loss * self.factor
+
+
+class Tag:
+    """Leads from an output to its record, for as long as there is a view of it; copied or pickled it leads nowhere.
+
+    Attributes:
+        record: What is kept of the forward that it came from.
+    """
+
+    def __init__(self, record: Any = None, start: int = 0) -> None:
+        self.record, self._start = record, start
+
+    @classmethod
+    def put(cls, output: Tensor, key: str, record: Any) -> None:
+        """Tags an output whose elements lie in memory as in a copy of it."""
+        if output.is_contiguous():
+            tag = cls(record, int(output.storage_offset()))
+            for x in (output, output._base):
+                if x is not None:
+                    setattr(x, key, tag)
+
+    @staticmethod
+    def of(x: Any, key: str) -> Tag | None:
+        """The tag of what ``x`` is a view of."""
+        found = getattr(x, key, None) if isinstance(x, Tensor) else None
+        return found if found is not None or not isinstance(x, Tensor) else getattr(x._base, key, None)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...]) -> LossCall:
+        """A loss module's call on it."""
+        x, *targets = args
+        view = x.shape, x.stride(), int(x.storage_offset()) - self._start
+        return LossCall(module, tuple(t.detach() if isinstance(t, Tensor) else t for t in targets), view)
+
+    def __reduce__(self) -> tuple[type[Tag], tuple[()]]:
+        return Tag, ()

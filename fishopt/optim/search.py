@@ -1,0 +1,136 @@
+"""Step size and momentum from the quadratic model of the loss: nothing to tune, and no step that makes it larger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fishopt.optim.atomic import Transaction
+from fishopt.optim.objective import Objective
+from fishopt.optim.quadratic import Quadratic, inner
+
+LEAST, MOST = 1e-8, 1e8
+"""Limits of the damping."""
+
+TRIALS = 8
+"""Steps that are tried, each with more damping, before the parameters are left where they are."""
+
+POOR, GOOD = 0.25, 0.75
+"""What the loss fell by over what was predicted: below, the damping grows; above, it shrinks."""
+
+WORSE, BETTER, UNDONE = 2.25, 1 / 1.5, 4.0
+"""By what factors, and by what after a step that was undone."""
+
+
+class Point(NamedTuple):
+    """Where a search starts, all of it as vectors over the parameters.
+
+    Attributes:
+        names: The parameters' names.
+        params: The parameters.
+        gradient: The loss's gradient.
+        inverse: The inverse of the preconditioner.
+        last: The last step.
+        decay: The weight decay of each entry, or of all.
+        shares: The learning rate of each entry, or of all, relative to the largest.
+        rate: The largest: how much of a step is made.
+    """
+
+    names: list[str]
+    params: list[Tensor]
+    gradient: Tensor
+    inverse: Tensor
+    last: Tensor
+    decay: Tensor | float
+    shares: Tensor | float
+    rate: float
+
+
+class Found(NamedTuple):
+    """A search's outcome.
+
+    Attributes:
+        step: The step that was made, a vector; zero if none made the loss smaller.
+        damping: What the next search starts from.
+        gap: What part of the gradient's slope the loss does not explain, as it is evaluated.
+    """
+
+    step: Tensor
+    damping: float
+    gap: float
+
+
+def search(point: Point, objective: Objective, damping: float, undo: Transaction) -> Found:
+    r"""Moves the parameters to where the model of the loss is least in the span of ``-g / D`` and the last step.
+
+    The model is ``L + g^T d + d^T G d / 2``, G the exact Gauss-Newton matrix of the loss on the batch, and its minimum
+    taken with ``damping d^T D d / 2`` added, D being the preconditioner (Levenberg-Marquardt).
+
+    Args:
+        point: Where to start.
+        objective: The loss.
+        damping: The Levenberg-Marquardt damping.
+        undo: Takes the parameters back if something fails before it commits.
+    """
+    origin = [p.detach().clone() for p in point.params]
+    undo.on_failure(lambda: _put(point.params, origin))
+    theta = flat(origin).to(point.gradient)
+    directions = _directions(point, theta)
+    value, model, gap = _model(point, objective, directions, theta)
+    for _ in range(TRIALS):
+        c = model.minimum(damping) * point.rate
+        step = c.to(directions) @ directions
+        _put(point.params, map(torch.add, origin, split(step, point.params)))
+        predicted = model.change(c)
+        risen = objective.value() - value + float((point.decay * step * (theta + step / 2)).sum())
+        if math.isfinite(risen) and risen <= 0 and predicted <= 0:
+            return Found(step, _adapted(damping, risen, predicted), gap)
+        damping = min(damping * UNDONE, MOST)
+        _put(point.params, origin)
+    return Found(torch.zeros_like(theta), damping, gap)
+
+
+def _directions(point: Point, theta: Tensor) -> Tensor:
+    first = (point.gradient + point.decay * theta).neg_().mul_(point.inverse).mul_(point.shares)
+    return torch.stack([first, point.last]) if bool(point.last.any()) else first[None]
+
+
+def _model(point: Point, objective: Objective, directions: Tensor, theta: Tensor) -> tuple[float, Quadratic, float]:
+    """The loss, its model with weight decay, and the gap."""
+    named = [dict(zip(point.names, split(d, point.params), strict=True)) for d in directions]
+    value, own, curvature = objective.along(named)
+    trained = inner(directions, point.gradient[None])[:, 0]
+    # The loss's own, where they are known: what they predict is what it is held to.
+    slopes = trained if own is None else own
+    gap = float((slopes[0] - trained[0]).abs() / trained[0].abs().clamp_min(torch.finfo(trained.dtype).tiny))
+    decayed = directions * point.decay
+    metric = inner(directions / point.inverse, directions)
+    model = Quadratic(slopes + inner(decayed, theta[None])[:, 0], curvature + inner(decayed, directions), metric)
+    return value, model, gap
+
+
+def _adapted(damping: float, risen: float, predicted: float) -> float:
+    ratio = risen / predicted if predicted < 0 else 0.0
+    factor = WORSE if ratio < POOR else BETTER if ratio > GOOD else 1.0
+    return min(max(damping * factor, LEAST), MOST)
+
+
+@torch.no_grad()
+def _put(params: Sequence[Tensor], values: Iterable[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
+
+
+def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector over parameters as tensors of their shapes, on their devices."""
+    parts = vector.split([p.numel() for p in like])
+    return [part.view(p.shape).to(p.device) for part, p in zip(parts, like, strict=True)]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector, on the first one's device."""
+    return torch.cat([x.reshape(-1).to(tensors[0].device) for x in tensors])
