@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from claims import Claim, table
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,16 +38,6 @@ LIKELIHOODS: dict[str, fishopt.Likelihood] = {
 }
 ESTIMATORS = ("I1", "I2")
 COLOURS = {"I1": "#c44e52", "I2": "#4c72b0"}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says, and what was found."""
-
-    claim: str
-    expected: str
-    got: str
-    holds: bool
 
 
 @dataclass(frozen=True)
@@ -236,16 +226,6 @@ def losses(axis: Any, run: Run, name: str) -> None:
     axis.plot(epochs, middle, color=COLOURS[name], linewidth=1.8, label=f"{name}, median of {run.excess.shape[1]}")
 
 
-def table(claims: list[Claim]) -> Table:
-    """The claims, for people."""
-    result = Table(title="Figure 1, the claims")
-    for heading in ("claim", "expected", "got", "holds"):
-        result.add_column(heading)
-    for claim in claims:
-        result.add_row(claim.claim, claim.expected, claim.got, "yes" if claim.holds else "[bold red]NO")
-    return result
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Trains, checks, prints, saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     (options.out / "figure1.json").write_text(json.dumps(content) + "\n")
     draw(runs, options.out / "figure1.png")
-    Console(width=140).print(table(claims))
+    Console(width=140).print(table("Figure 1, the claims", claims))
     print(f"picture: {(options.out / 'figure1.png').resolve()}")
 
 
