@@ -8,19 +8,19 @@ repetitions. The error of a layer and the compute of an estimate are
 
 Of an unbiased estimator the error is A / inputs, with A the variance over inputs and labels (Theorem 4.7), so at equal
 compute what counts is A x passes. "auto" is what the optimizers' default criterion, "efficiency", picks from 8 inputs,
-in many draws: its error at equal compute over the best unbiased estimator's says what the rule loses. Writes
-errors.json and errors.png.
+in many draws: its error at equal compute over the best unbiased estimator's says what the rule loses. Beside it what
+the same 8 inputs would tell without bounds, with "exact" among the candidates: the variance over inputs and labels
+(`fishopt.joint_variance`) x passes. Writes errors.json and errors.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -32,18 +32,250 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fishopt
-from benchmarks.defaults import MNIST, TABLES, load
-from benchmarks.networks import mlp
-from fishopt.plotting import COLOURS as ESTIMATOR_COLOURS
+from benchmarks.data import SOURCES
+from benchmarks.models import mlp
+from fishopt.passes import Diagonal
+from fishopt.plotting import COLOURS as CHOICE_COLOURS
 
 UNBIASED = ("I1", "I2", "exact", "hutchinson")
 ESTIMATORS = (*UNBIASED, "empirical")
 CANDIDATES = ("I1", "I2", "hutchinson")
 """What the optimizers choose from by the efficiency rule."""
 SELECTION_INPUTS = 8
-"""As in the optimizers."""
-COLOURS = {**ESTIMATOR_COLOURS, "empirical": "0.6"}
+"""From how many inputs they choose."""
+SKETCH = 4
+"""Backward passes of a Hessian diagonal, in closed form or sketched."""
+ACTIVATIONS = {"ReLU": nn.ReLU, "sigmoid": nn.Sigmoid}
 SIZES = (4, 16, 64, 256)
-ACTIVATIONS = {"ReLU": nn.ReLU, "Sigmoid": nn.Sigmoid}
-LOSS = nn.CrossEntropyLoss()
 BATCH = 128
+LOSS = nn.CrossEntropyLoss()
+COLOURS = {**CHOICE_COLOURS, "empirical": "0.6"}
+Result = dict[str, Any]
+Costs = dict[str, list[int]]
+"""Estimator -> backward passes per input, for each layer."""
+
+
+def measure(data_dir: Path | None, *, seed: int = 0, quick: bool = False) -> Result:
+    """Trains both networks, and measures all estimators in each layer at two moments.
+
+    Returns:
+        ``networks -> activation -> moment -> layer``, and the settings.
+    """
+    train = SOURCES["mnist" if data_dir else "digits"](data_dir).train
+    widths = (train.inputs.shape[1], *((16, 16, 8) if quick else (256, 256, 128)), 10)
+    repetitions = 3 if quick else 40
+    moments = {"early": 10, "late": 60} if quick else {"early": 50, "late": 4 * len(train) // BATCH}
+    networks: Result = {name: {} for name in ACTIVATIONS}
+    bar = tqdm(total=len(ACTIVATIONS) * len(moments) * repetitions * len(SIZES), unit="estimates")
+    with bar:
+        for name, activation in ACTIVATIONS.items():
+            torch.manual_seed(seed)
+            model = mlp(widths, activation)
+            steps = training(model, train.inputs, train.targets)
+            done = 0
+            for moment, step in moments.items():
+                for _ in itertools.islice(steps, step - done):
+                    pass
+                done = step
+                draws = torch.Generator().manual_seed(seed)
+                networks[name][moment] = at_moment(model, train.inputs, train.targets, repetitions, draws, bar.update)
+    settings = {"data": "mnist" if data_dir else "digits", "widths": widths, "seed": seed, "sizes": SIZES}
+    return {"settings": {**settings, "repetitions": repetitions, "steps": moments}, "networks": networks}
+
+
+def training(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[None]:
+    """Trains by FisherAdam at its defaults, a step at a time, without end."""
+    optimizer = fishopt.FisherAdam(model, LOSS)
+    while True:
+        for rows in torch.randperm(len(x)).split(BATCH):
+            optimizer.zero_grad()
+            LOSS(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            yield
+
+
+def at_moment(
+    model: nn.Module, x: Tensor, y: Tensor, repetitions: int, draws: torch.Generator, tick: Callable[[], Any]
+) -> Result:
+    """All estimators' errors, and what "auto" picks, for each layer."""
+    exact = by_layer(fishopt.fisher_diagonal(model, x, LOSS, estimator="exact"))
+    errors: dict[str, Tensor] = {name: torch.zeros(len(SIZES), repetitions, len(exact)) for name in ESTIMATORS}
+    costs = {name: passes(model, name, len(exact), model(x[:1]).shape[1]) for name in ESTIMATORS}
+    picks: dict[str, list[list[str]]] = {rule: [] for rule in RULES}
+    for repetition in range(repetitions):
+        for i, size in enumerate(SIZES):
+            rows = torch.randint(len(x), (size,), generator=draws)
+            for name in ESTIMATORS:
+                targets = y[rows] if name == "empirical" else None
+                drawn = fishopt.fisher_diagonal(model, x[rows], LOSS, estimator=name, targets=targets, generator=draws)
+                errors[name][i, repetition] = relative_errors(by_layer(drawn), exact)
+            tick()
+        some = x[torch.randint(len(x), (SELECTION_INPUTS,), generator=draws)]
+        for rule, choose in RULES.items():
+            picks[rule].append(choose(model, some, costs))
+    return {
+        layer: summary(
+            {name: found[..., j] for name, found in errors.items()},
+            {name: cost[j] for name, cost in costs.items()},
+            {rule: Counter(pick[j] for pick in found) for rule, found in picks.items()},
+        )
+        for j, layer in enumerate(exact)
+    }
+
+
+def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Tensor:
+    """Of each layer."""
+    return torch.stack([(found[k] - exact[k]).square().sum() / exact[k].square().sum() for k in exact])
+
+
+def by_layer(diagonal: Diagonal) -> dict[str, Tensor]:
+    """Layer -> its weights and biases as one vector."""
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in diagonal)
+    return {k: torch.cat([v.flatten() for n, v in diagonal.items() if n.rpartition(".")[0] == k]) for k in layers}
+
+
+def by_bounds(model: nn.Module, x: Tensor, costs: Costs) -> list[str]:
+    """The optimizers' default choice, layer by layer."""
+    found = fishopt.select_estimators(model, x, LOSS, criterion="efficiency", candidates=CANDIDATES)
+    return [choice.estimator for choice in found]
+
+
+def by_variances(model: nn.Module, x: Tensor, costs: Costs) -> list[str]:
+    """The least variance x passes that these inputs show, I2 left out: where it is good it is the exact value."""
+    n = len(x)
+    scores: dict[str, list[float]] = {}
+    for name in ("exact", "hutchinson", "I1"):
+        parts = fishopt.joint_variance(model, x, LOSS, estimator=name)
+        inputs, labels = by_layer(parts.input), by_layer(parts.label)
+        # The variance over a few inputs, as that over all that they stand for.
+        each = [float(inputs[k].sum() * n / (n - 1) + labels[k].sum()) for k in inputs]
+        scores[name] = [value * cost for value, cost in zip(each, costs[name], strict=True)]
+    return [min(scores, key=lambda name: scores[name][j]) for j in range(len(costs["exact"]))]
+
+
+RULES = {"auto": by_bounds, "by variances": by_variances}
+
+
+def passes(model: nn.Module, estimator: str, layers: int, outputs: int) -> list[int]:
+    """Backward passes per input for each layer's estimate, as the efficiency rule counts them."""
+    if estimator not in {"I2", "exact"}:
+        return [1] * layers
+    smooth = any(isinstance(module, nn.Sigmoid) for module in model)
+    below = outputs + (SKETCH if smooth and estimator == "I2" else 0)
+    return [below] * (layers - 1) + [1]
+
+
+def summary(errors: dict[str, Tensor], costs: dict[str, int], picks: dict[str, Counter[str]]) -> Result:
+    """One layer: errors with standard errors by size, A x passes, and what the rules make of it.
+
+    Args:
+        errors: Estimator -> ``[sizes, repetitions]``.
+        costs: Estimator -> backward passes.
+        picks: Rule -> how often it took which.
+    """
+    sizes = torch.tensor(SIZES, dtype=torch.float32)[:, None]
+    found: Result = {}
+    for name, values in errors.items():
+        scaled = (values * sizes).flatten()
+        found[name] = {
+            "passes": costs[name],
+            "error": [float(f"{v:.4g}") for v in values.mean(1)],
+            "standard_error": [float(f"{v:.2g}") for v in values.std(1) / values.shape[1] ** 0.5],
+            "error_x_compute": float(scaled.mean()) * costs[name],
+            "error_x_compute_se": float(scaled.std() / len(scaled) ** 0.5) * costs[name],
+        }
+    efficiency = {name: found[name]["error_x_compute"] for name in UNBIASED}
+    best = min(efficiency, key=lambda name: efficiency[name])
+    rules = {}
+    for rule, counts in picks.items():
+        product = sum(count * efficiency[name] for name, count in counts.items()) / counts.total()
+        rules[rule] = {
+            "picks": {name: count / counts.total() for name, count in counts.most_common()},
+            "error_x_compute": product,
+            "ratio_to_best": product / efficiency[best],
+        }
+    return {"estimators": found, "best": best, "rules": rules}
+
+
+def spoken(rule: Result) -> str:
+    """A rule's picks in words."""
+    return ", ".join(name if share == 1 else f"{name} {share:.0%}" for name, share in rule["picks"].items())
+
+
+def panels(result: Result) -> Iterator[tuple[str, str, dict[str, Result]]]:
+    """Network, moment, and what was found in its layers."""
+    for network, moments in result["networks"].items():
+        for moment, layers in moments.items():
+            yield network, moment, layers
+
+
+def draw(result: Result, path: Path) -> None:
+    """A row for each network and moment, a column for each layer: errors over compute, dashed what auto picks."""
+    found = list(panels(result))
+    columns = len(found[0][2])
+    figure = Figure(figsize=(3.5 * columns, 2.9 * len(found) + 0.6), layout="constrained")
+    for axes, (network, moment, layers) in zip(figure.subplots(len(found), columns, sharex=True), found, strict=True):
+        for place, (axis, layer) in enumerate(zip(axes, layers.values(), strict=True), start=1):
+            panel(axis, layer, result["settings"]["sizes"])
+            auto = layer["rules"]["auto"]
+            title = f"layer {place}, auto: {spoken(auto)}\n{auto['ratio_to_best']:.2g}x the best, {layer['best']}"
+            axis.set_title(title, fontsize=9)
+        axes[0].set_ylabel(f"{network}, {moment}\nrelative squared error")
+    handles = [Line2D([], [], color=COLOURS[name], marker="o", markersize=4, label=name) for name in ESTIMATORS]
+    handles.append(Line2D([], [], color="0.1", linestyle="--", label="auto"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.supxlabel("compute: inputs x backward passes")
+    figure.savefig(path, dpi=110)
+
+
+def panel(axis: Any, layer: Result, sizes: tuple[int, ...]) -> None:
+    """One layer's curves."""
+    for name, values in layer["estimators"].items():
+        compute = [size * values["passes"] for size in sizes]
+        axis.errorbar(
+            compute, values["error"], values["standard_error"], color=COLOURS[name], marker="o", markersize=3.5
+        )
+    ends = torch.tensor([sizes[0], sizes[-1] * max(v["passes"] for v in layer["estimators"].values())])
+    axis.plot(ends, layer["rules"]["auto"]["error_x_compute"] / ends, "--", color="0.1", linewidth=1.2, zorder=5)
+    axis.set(xscale="log", yscale="log")
+    axis.grid(alpha=0.3, linewidth=0.5)
+
+
+def table(result: Result) -> Table:
+    """Error x compute over the best's, for each layer."""
+    found = Table(title="error at equal compute, over the best unbiased estimator's; +- a standard error")
+    for heading in ("network", "layer", *UNBIASED, *itertools.chain(*((rule, "picks") for rule in RULES))):
+        found.add_column(heading)
+    for network, moment, layers in panels(result):
+        for place, layer in enumerate(layers.values(), start=1):
+            estimators = layer["estimators"]
+            best = estimators[layer["best"]]["error_x_compute"]
+            cells = [
+                f"{estimators[n]['error_x_compute'] / best:.3g} +- {estimators[n]['error_x_compute_se'] / best:.2g}"
+                for n in UNBIASED
+            ]
+            for rule in layer["rules"].values():
+                cells += [f"{rule['ratio_to_best']:.3g}", spoken(rule)]
+            found.add_row(f"{network}, {moment}", str(place), *cells)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints, saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw/*.gz; without it, scikit-learn's digits")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, five repetitions")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for errors.json and errors.png")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the same to the bit everywhere
+    result = measure(options.data_dir, seed=options.seed, quick=options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "errors.json").write_text(json.dumps(result) + "\n")
+    draw(result, options.out / "errors.png")
+    Console(width=150).print(table(result))
+    print(f"picture and numbers: {options.out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
