@@ -6,7 +6,8 @@ repetitions. The error of a layer and the compute of an estimate are
 
     error = sum_i (Fhat_i - F_i)^2 / sum_i F_i^2 ,    compute = inputs x backward passes.
 
-Of an unbiased estimator the error is A / inputs, with A the variance over inputs and labels (Theorem 4.7), so at equal
+Of an unbiased estimator the error is A / inputs on average, with A the variance over inputs and labels (Theorem 4.7),
+here in closed form over the whole training set (of I2 below a sigmoid, where it is sketched, as measured). So at equal
 compute what counts is A x passes. "auto" is what the optimizers' default criterion, "efficiency", picks from 8 inputs,
 in many draws: its error at equal compute over the best unbiased estimator's says what the rule loses. Beside it what
 the same 8 inputs would tell without bounds, with "exact" among the candidates: the variance over inputs and labels
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import fishopt
 from benchmarks.data import SOURCES
 from benchmarks.models import mlp
+from fishopt.likelihoods import unit_columns
 from fishopt.passes import Diagonal
 from fishopt.plotting import COLOURS as CHOICE_COLOURS
 
@@ -63,7 +65,7 @@ def measure(data_dir: Path | None, *, seed: int = 0, quick: bool = False) -> Res
     """
     train = SOURCES["mnist" if data_dir else "digits"](data_dir).train
     widths = (train.inputs.shape[1], *((16, 16, 8) if quick else (256, 256, 128)), 10)
-    repetitions = 3 if quick else 40
+    repetitions = 3 if quick else 30
     moments = {"early": 10, "late": 60} if quick else {"early": 50, "late": 4 * len(train) // BATCH}
     networks: Result = {name: {} for name in ACTIVATIONS}
     bar = tqdm(total=len(ACTIVATIONS) * len(moments) * repetitions * len(SIZES), unit="estimates")
@@ -113,9 +115,11 @@ def at_moment(
         some = x[torch.randint(len(x), (SELECTION_INPUTS,), generator=draws)]
         for rule, choose in RULES.items():
             picks[rule].append(choose(model, some, costs))
+    variances = relative_variances(model, x, exact)
     return {
         layer: summary(
             {name: found[..., j] for name, found in errors.items()},
+            {name: float(found[j]) for name, found in variances.items()},
             {name: cost[j] for name, cost in costs.items()},
             {rule: Counter(pick[j] for pick in found) for rule, found in picks.items()},
         )
@@ -126,6 +130,49 @@ def at_moment(
 def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Tensor:
     """Of each layer."""
     return torch.stack([(found[k] - exact[k]).square().sum() / exact[k].square().sum() for k in exact])
+
+
+def relative_variances(model: nn.Module, x: Tensor, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A of each layer, over the sum of ``F_i^2``; of I2 where it is the exact value in all layers."""
+    squares = torch.stack([value.double().square().sum() for value in exact.values()])
+    found = {name: (value - squares) / squares for name, value in second_moments(model, x).items()}
+    return found if is_smooth(model) else {**found, "I2": found["exact"]}
+
+
+def second_moments(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """``E_x sum_i E[Ihat_i^2 | x]`` of each layer of a chain, by hand: sums over a layer take no gradient per weight.
+
+    With ``a`` a layer's inputs and ``g`` the derivative of ``<c, h>`` by its outputs, ``q(c)`` is ``g^2 a^2`` of weights
+    and ``g^2`` of biases, so the sum of its squares over the layer is ``sum g^4 (1 + sum a^4)``.
+    """
+    linear = [module for module in model if isinstance(module, nn.Linear)]
+    total = {name: torch.zeros(len(linear), dtype=torch.float64) for name in ("I1", "exact", "hutchinson")}
+    for part in x.split(1000):
+        inputs, outputs, h = [], [], part
+        for module in model:
+            if isinstance(module, nn.Linear):
+                inputs.append(h.detach())
+            h = module(h)
+            if isinstance(module, nn.Linear):
+                outputs.append(h)
+        units = unit_columns(h.detach())
+        each = [torch.autograd.grad(h, outputs, unit, retain_graph=True) for unit in units]
+        likelihood, p = fishopt.Categorical(), h.detach().softmax(1)
+        columns, scores = likelihood.factor(h.detach()), p - units
+        for j, a in enumerate(inputs):
+            g = torch.stack([found[j] for found in each])
+            weight = 1 + a.double().pow(4).sum(1)
+            along, sampled = (torch.einsum("knt,tnd->knd", c, g).double().square() for c in (columns, scores))
+            whole, parts = along.sum(0).square().sum(1), along.square().sum((0, 2))
+            total["exact"][j] += (whole * weight).sum()
+            total["hutchinson"][j] += ((3 * whole - 2 * parts) * weight).sum()
+            total["I1"][j] += ((p.T * sampled.square().sum(2)).sum(0) * weight).sum()
+    return {name: value / len(x) for name, value in total.items()}
+
+
+def is_smooth(model: nn.Module) -> bool:
+    """Whether I2 differs from the exact value in hidden layers."""
+    return any(isinstance(module, nn.Sigmoid) for module in model)
 
 
 def by_layer(diagonal: Diagonal) -> dict[str, Tensor]:
@@ -160,30 +207,33 @@ def passes(model: nn.Module, estimator: str, layers: int, outputs: int) -> list[
     """Backward passes per input for each layer's estimate, as the efficiency rule counts them."""
     if estimator not in {"I2", "exact"}:
         return [1] * layers
-    smooth = any(isinstance(module, nn.Sigmoid) for module in model)
-    below = outputs + (SKETCH if smooth and estimator == "I2" else 0)
+    below = outputs + (SKETCH if is_smooth(model) and estimator == "I2" else 0)
     return [below] * (layers - 1) + [1]
 
 
-def summary(errors: dict[str, Tensor], costs: dict[str, int], picks: dict[str, Counter[str]]) -> Result:
+def summary(
+    errors: dict[str, Tensor], variances: dict[str, float], costs: dict[str, int], picks: dict[str, Counter[str]]
+) -> Result:
     """One layer: errors with standard errors by size, A x passes, and what the rules make of it.
 
     Args:
         errors: Estimator -> ``[sizes, repetitions]``.
+        variances: Estimator -> A, where it is known.
         costs: Estimator -> backward passes.
         picks: Rule -> how often it took which.
     """
-    sizes = torch.tensor(SIZES, dtype=torch.float32)[:, None]
+    sizes = torch.tensor(SIZES, dtype=torch.float32)
     found: Result = {}
     for name, values in errors.items():
-        scaled = (values * sizes).flatten()
+        measured = float((values.mean(1) * sizes.square()).sum() / sizes.sum())  # each input counts alike
         found[name] = {
             "passes": costs[name],
             "error": [float(f"{v:.4g}") for v in values.mean(1)],
             "standard_error": [float(f"{v:.2g}") for v in values.std(1) / values.shape[1] ** 0.5],
-            "error_x_compute": float(scaled.mean()) * costs[name],
-            "error_x_compute_se": float(scaled.std() / len(scaled) ** 0.5) * costs[name],
+            "error_x_compute": variances.get(name, measured) * costs[name],
         }
+    if costs["I2"] == 1:
+        found["I2"]["error_x_compute"] = found["exact"]["error_x_compute"]
     efficiency = {name: found[name]["error_x_compute"] for name in UNBIASED}
     best = min(efficiency, key=lambda name: efficiency[name])
     rules = {}
@@ -231,29 +281,34 @@ def draw(result: Result, path: Path) -> None:
 def panel(axis: Any, layer: Result, sizes: tuple[int, ...]) -> None:
     """One layer's curves."""
     for name, values in layer["estimators"].items():
-        compute = [size * values["passes"] for size in sizes]
-        axis.errorbar(
-            compute, values["error"], values["standard_error"], color=COLOURS[name], marker="o", markersize=3.5
-        )
-    ends = torch.tensor([sizes[0], sizes[-1] * max(v["passes"] for v in layer["estimators"].values())])
-    axis.plot(ends, layer["rules"]["auto"]["error_x_compute"] / ends, "--", color="0.1", linewidth=1.2, zorder=5)
+        compute = compute_of(sizes, values["passes"])
+        style = {"color": COLOURS[name], "marker": "o", "markersize": 3.5}
+        axis.errorbar(compute, values["error"], values["standard_error"], **style, linestyle="")
+        line = values["error_x_compute"] / compute if name in UNBIASED else values["error"]
+        axis.plot(compute, line, color=COLOURS[name], linewidth=1, linestyle="-" if name in UNBIASED else ":")
+    # As far as what it picks has been measured.
+    auto = layer["rules"]["auto"]
+    ends = compute_of(sizes, max(layer["estimators"][name]["passes"] for name in auto["picks"]))
+    axis.plot(ends, auto["error_x_compute"] / ends, "--", color="0.1", linewidth=1.8, zorder=5)
     axis.set(xscale="log", yscale="log")
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
+def compute_of(sizes: tuple[int, ...], passes: int) -> Tensor:
+    """Inputs x backward passes, by size."""
+    return torch.tensor(sizes, dtype=torch.float64) * passes
+
+
 def table(result: Result) -> Table:
     """Error x compute over the best's, for each layer."""
-    found = Table(title="error at equal compute, over the best unbiased estimator's; +- a standard error")
+    found = Table(title="error at equal compute, over the best unbiased estimator's")
     for heading in ("network", "layer", *UNBIASED, *itertools.chain(*((rule, "picks") for rule in RULES))):
         found.add_column(heading)
     for network, moment, layers in panels(result):
         for place, layer in enumerate(layers.values(), start=1):
             estimators = layer["estimators"]
             best = estimators[layer["best"]]["error_x_compute"]
-            cells = [
-                f"{estimators[n]['error_x_compute'] / best:.3g} +- {estimators[n]['error_x_compute_se'] / best:.2g}"
-                for n in UNBIASED
-            ]
+            cells = [f"{estimators[name]['error_x_compute'] / best:.3g}" for name in UNBIASED]
             for rule in layer["rules"].values():
                 cells += [f"{rule['ratio_to_best']:.3g}", spoken(rule)]
             found.add_row(f"{network}, {moment}", str(place), *cells)

@@ -174,7 +174,7 @@ def test_errors_are_measured_and_drawn(tmp_path, capsys):
     for network, _, layers in errors.panels(result):
         assert len(layers) == 4
         *hidden, last = layers.values()
-        # In the last layer I2 is exact, and takes one pass; below a ReLU exact at the exact value's cost.
+        # In the last layer I2 is the exact value, at one pass; below a ReLU at its cost.
         for layer in [last] + hidden * (network == "ReLU"):
             assert layer["estimators"]["I2"]["error_x_compute"] == pytest.approx(
                 layer["estimators"]["exact"]["error_x_compute"], rel=1e-4
@@ -186,22 +186,32 @@ def test_errors_are_measured_and_drawn(tmp_path, capsys):
     assert "by variances" in capsys.readouterr().out
 
 
-def test_errors_times_inputs_are_the_joint_variance():
-    """Theorem 4.7: what the picture measures is what the closed form says, within five standard errors."""
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU])
+def test_variances_by_hand_are_the_joint_variances(activation):
+    """Theorem 4.7, summed over a layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), activation(), nn.Linear(4, 4), activation(), nn.Linear(4, 3)).double()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    exact = errors.by_layer(fishopt.fisher_diagonal(model, x, "categorical", estimator="exact"))
+    found = errors.relative_variances(model, x, exact)
+    assert ("I2" in found) == (activation is nn.ReLU)
+    for name, values in found.items():
+        parts = errors.by_layer(fishopt.joint_variance(model, x, "categorical", estimator=name).total)
+        expected = [parts[k].sum() * len(x) / exact[k].square().sum() for k in exact]
+        torch.testing.assert_close(values, torch.stack(expected))
+
+
+def test_errors_are_as_variances_say():
+    """Estimates from a few inputs scatter as Theorem 4.7 has it, within five standard errors."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3))
-    x = torch.randn(40, 5)
-    y = torch.randint(3, (40,))
-    draws = torch.Generator().manual_seed(0)
-    found = errors.at_moment(model, x, y, 12, draws, lambda: None)
-    exact = errors.by_layer(fishopt.fisher_diagonal(model, x, "categorical", estimator="exact"))
-    for name in ("I1", "exact", "hutchinson"):
-        parts = fishopt.joint_variance(model, x, "categorical", estimator=name)
-        expected = errors.by_layer({k: v * len(x) for k, v in parts.total.items()})
-        for layer, value in expected.items():
-            measured = found[layer]["estimators"][name]
-            target = float(value.sum() / exact[layer].square().sum()) * measured["passes"]
-            assert abs(measured["error_x_compute"] - target) < 5 * measured["error_x_compute_se"]
+    x, y = torch.randn(40, 5), torch.randint(3, (40,))
+    found = errors.at_moment(model, x, y, 12, torch.Generator().manual_seed(0), lambda: None)
+    for layer in found.values():
+        for name in ("I1", "exact", "hutchinson"):
+            values = layer["estimators"][name]
+            for size, error, spread in zip(errors.SIZES, values["error"], values["standard_error"], strict=True):
+                assert abs(error - values["error_x_compute"] / (size * values["passes"])) < 5 * spread
 
 
 def test_a_rule_by_variances_takes_the_least():
