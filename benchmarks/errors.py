@@ -68,17 +68,14 @@ def measure(data_dir: Path | None, *, seed: int = 0, quick: bool = False) -> Res
     repetitions = 3 if quick else 30
     moments = {"early": 10, "late": 60} if quick else {"early": 50, "late": 4 * len(train) // BATCH}
     networks: Result = {name: {} for name in ACTIVATIONS}
-    bar = tqdm(total=len(ACTIVATIONS) * len(moments) * repetitions * len(SIZES), unit="estimates")
-    with bar:
+    with tqdm(total=len(ACTIVATIONS) * len(moments) * repetitions * len(SIZES), unit="estimates") as bar:
         for name, activation in ACTIVATIONS.items():
             torch.manual_seed(seed)
             model = mlp(widths, activation)
             steps = training(model, train.inputs, train.targets)
             done = 0
             for moment, step in moments.items():
-                for _ in itertools.islice(steps, step - done):
-                    pass
-                done = step
+                done += sum(1 for _ in itertools.islice(steps, step - done))
                 draws = torch.Generator().manual_seed(seed)
                 networks[name][moment] = at_moment(model, train.inputs, train.targets, repetitions, draws, bar.update)
     settings = {"data": "mnist" if data_dir else "digits", "widths": widths, "seed": seed, "sizes": SIZES}
@@ -140,7 +137,7 @@ def relative_variances(model: nn.Module, x: Tensor, exact: dict[str, Tensor]) ->
 
 
 def second_moments(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """``E_x sum_i E[Ihat_i^2 | x]`` of each layer of a chain, by hand: sums over a layer take no gradient per weight.
+    """``E_x sum_i E[Ihat_i^2 | x]`` of each layer of a chain, by hand: a layer's sums take no gradient per weight.
 
     With ``a`` a layer's inputs and ``g`` the derivative of ``<c, h>`` by its outputs, ``q(c)`` is ``g^2 a^2`` of weights
     and ``g^2`` of biases, so the sum of its squares over the layer is ``sum g^4 (1 + sum a^4)``.
