@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import protocol
+from benchmarks import ablations, protocol
+from benchmarks.ablations import ABLATIONS
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.runs import Spec, Store
@@ -34,7 +35,11 @@ def options(*chosen: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             help="MNIST/raw/*.gz, cifar-10-batches-bin/*.bin, tinyshakespeare/input.txt; what is not there is fetched.",
         ),
         "out": click.option(
-            "--out", type=click.Path(path_type=Path), default=Path("out/runs"), show_default=True, help="Where runs are."
+            "--out",
+            type=click.Path(path_type=Path),
+            default=Path("out/runs"),
+            show_default=True,
+            help="Where runs are.",
         ),
         "jobs": click.option("--jobs", default=1, show_default=True, help="Processes, of one thread each."),
         "seeds": click.option("--seeds", default=5, show_default=True, help="Seeds 1, 2, ..."),
@@ -111,6 +116,20 @@ def tune(
     _run(specs, data_dir, Store(out), jobs)
 
 
+@main.command()
+@click.argument("names", nargs=-1, type=click.Choice(list(ABLATIONS)))
+@options("problems", "data", "out", "jobs", "seeds")
+def ablate(
+    names: tuple[str, ...], problems: tuple[str, ...], data_dir: Path | None, out: Path, jobs: int, seeds: int
+) -> None:
+    """Trains variants of our methods that differ in one choice or two; all ablations unless some are named."""
+    specs = []
+    for name in names or tuple(ABLATIONS):
+        where = problems or _at_hand(ABLATIONS[name].problems, data_dir)
+        specs += ablations.specs(name, where, range(1, seeds + 1))
+    _run(specs, data_dir, Store(out), jobs)
+
+
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def cost(arguments: tuple[str, ...]) -> None:
@@ -122,9 +141,11 @@ def cost(arguments: tuple[str, ...]) -> None:
 
 def _problems(named: tuple[str, ...], data_dir: Path | None) -> tuple[str, ...]:
     """Those that are named, or else all for which data are at hand."""
-    if named:
-        return named
-    return tuple(name for name, problem in PROBLEMS.items() if data_dir is not None or not problem.needs_files)
+    return named or _at_hand(PROBLEMS, data_dir)
+
+
+def _at_hand(problems: Iterable[str], data_dir: Path | None) -> tuple[str, ...]:
+    return tuple(name for name in problems if data_dir is not None or not PROBLEMS[name].needs_files)
 
 
 def _methods(named: tuple[str, ...]) -> tuple[str, ...]:

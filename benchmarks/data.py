@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def source(function: Source) -> Source:
 
 @source
 def mnist(folder: Path | None) -> Data:
-    """MNIST as ``[N, 784]`` in [0, 1]: 55,000 to train, the last 5,000 of the training set to validate, 10,000 to test."""
+    """MNIST as ``[N, 784]`` in [0, 1]: 55,000 to train, 5,000 to validate, 10,000 to test."""
     return _split(*(_idx(_mnist_file(folder, name)) for name in MNIST_MD5))
 
 
@@ -112,13 +113,13 @@ def cifar10(folder: Path | None) -> Data:
 
 @source
 def shakespeare(folder: Path | None) -> Data:
-    """Tiny Shakespeare by characters: windows of 64 and the next ones; the last tenth halved to validate and to test."""
+    """Tiny Shakespeare by characters: windows of 64 and the next ones; a twentieth each to validate and to test."""
     path = _file(folder, "tinyshakespeare/input.txt", SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}")
     text = np.frombuffer(path.read_bytes(), np.uint8)
     _, codes = np.unique(text, return_inverse=True)
     tokens = torch.from_numpy(codes.astype(np.int64))
     cuts = [0, 9 * len(tokens) // 10, 19 * len(tokens) // 20, len(tokens)]
-    train, *others = (tokens[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    train, *others = (tokens[a:b] for a, b in itertools.pairwise(cuts))
     # Any window to train on; for the others those that do not overlap.
     return Data(_windows(train, 1), *(_windows(part, CONTEXT) for part in others))
 

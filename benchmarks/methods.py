@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fishopt
 
@@ -177,15 +178,16 @@ def singd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) ->
 # --- what they need of a training loop ---
 
 
-def chosen(names: Iterable[str]) -> Iterator[Method]:
-    """The methods of these names whose packages are installed."""
-    return (METHODS[name] for name in names if METHODS[name].is_installed)
-
-
-def sampled(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-    """Where IVON takes its gradients: at a sample of its posterior."""
+@contextmanager
+def surroundings(method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Where a method takes its gradients: IVON at a sample of its posterior, others where they have derivatives."""
     sample = getattr(optimizer, "sampled_params", None)
-    return nullcontext() if sample is None else sample(train=True)
+    with nullcontext() if sample is None else sample(train=True):
+        if method.graph:  # the fused kernels of attention have no second derivatives
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
 
 
 def switch(optimizer: torch.optim.Optimizer, *, training: bool) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from scipy.stats import qmc
@@ -56,10 +57,13 @@ def rates(method: Method, around: float | None = None, points: int = 9, decades:
 
 
 def heats(specs: Iterable[Spec]) -> list[Heat]:
-    """Runs of the same track, problem and seed together."""
-    found: dict[tuple[str, str, int], Heat] = defaultdict(list)
+    """Runs of the same track, problem and seed together, each method once: its next trial is for the next heat."""
+    found: dict[tuple[Any, ...], Heat] = defaultdict(list)
+    times: Counter[tuple[Any, ...]] = Counter()
     for spec in specs:
-        found[spec.track, spec.problem, spec.seed].append(spec)
+        where = spec.track, spec.problem, spec.seed
+        found[*where, times[*where, spec.method]].append(spec)
+        times[*where, spec.method] += 1
     return list(found.values())
 
 

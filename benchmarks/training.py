@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS, Config, sampled, switch
+from benchmarks.methods import METHODS, surroundings, switch
 from benchmarks.problems import PROBLEMS, objective
 from benchmarks.runs import Curve, Run, Spec, environment
 
@@ -57,8 +57,7 @@ class Training:
         losses: list[Tensor] = []
         start = time.perf_counter()
         try:
-            for _ in range(min(self.problem.every, self.spec.steps - self._step)):
-                losses.append(self._make_step())
+            losses.extend(self._make_step() for _ in range(min(self.problem.every, self.spec.steps - self._step)))
         except RuntimeError as error:
             if "in a row" not in str(error):  # what fishopt says once numbers stay infinite
                 raise
@@ -72,7 +71,7 @@ class Training:
 
         def closure() -> Tensor:
             self._optimizer.zero_grad()
-            with sampled(self._optimizer):
+            with surroundings(self.method, self._optimizer):
                 loss = objective(self._loss, self._model(some.inputs), some.targets)
                 loss.backward(create_graph=self.method.graph)
             self._gradients += 1

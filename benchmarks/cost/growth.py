@@ -12,9 +12,9 @@ import fishopt
 from benchmarks.cost.curvature import GRADIENT, gradient
 from benchmarks.cost.inside import Plan, estimation
 from benchmarks.cost.networks import Problem, problem
-from benchmarks.models import mlp
 from benchmarks.cost.records import Row, Setting
 from benchmarks.cost.timing import Effort, interleaved
+from benchmarks.models import mlp
 
 ESTIMATORS = ("I1", "hutchinson", "exact")
 AUTO = "efficiency picks"

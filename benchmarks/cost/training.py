@@ -16,9 +16,9 @@ from torch import nn
 import fishopt
 from benchmarks.cost.inside import curvature_seconds, without_refreshes
 from benchmarks.cost.networks import Problem, problem, square_layers
-from benchmarks.models import conv3_dense3, mlp
 from benchmarks.cost.records import Row, Setting
 from benchmarks.cost.timing import Case, Effort, free_memory, interleaved
+from benchmarks.models import conv3_dense3, mlp
 
 FUSED = "AdamW fused"
 OURS = {"FisherAdam": fishopt.FisherAdam, "DiagonalNGD": fishopt.DiagonalNGD}
