@@ -123,12 +123,7 @@ class FisherOptimizer(Resumable, ABC):
         make_room(self, self._scalars)
 
     def _prepared(
-        self,
-        estimate: Estimate | None,
-        members: Members,
-        closure: Callable[[], Any] | None,
-        loss: Any,
-        transaction: Transaction,
+        self, estimate: Estimate | None, members: Members, closure: Any, loss: Any, transaction: Transaction
     ) -> Estimate | None:
         """What a rule computes while the step can still fail; returns the estimate that is left to be taken."""
         return estimate
