@@ -71,9 +71,21 @@ def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: A
     return fishopt.FisherAdam(model, loss_fn, **config)
 
 
+@method("FisherAdam schedule-free", 2e-3, package="fishopt")
+def fisher_adam_schedule_free(
+    model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
+) -> torch.optim.Optimizer:
+    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **config)
+
+
 @method("DiagonalNGD", 1e-3, package="fishopt")
 def diagonal_ngd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     return fishopt.DiagonalNGD(model, loss_fn, **config)
+
+
+@method("DiagonalNGD auto", None, package="fishopt")
+def diagonal_ngd_auto(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return fishopt.DiagonalNGD(model, loss_fn, lr="auto", **config)
 
 
 # --- torch's ---
