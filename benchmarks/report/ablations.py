@@ -70,7 +70,7 @@ class Ablation:
                 f"{head}, steps to target",
                 columns,
                 steps,
-                f"The target is tuned AdamW's or the best variant's. {number}.",
+                f"Of tuned AdamW, or else of the best variant. {number}.",
             ),
         ]
 

@@ -68,15 +68,17 @@ class Check:
 COLUMNS = ["target", "method", "measured", "95% interval", "verdict"]
 
 
-def all_of(checks: Sequence[Check]) -> Table:
+def all_of(checks: Sequence[Check], seeds: str) -> Table:
     """Every check, the best method of each target first."""
     rows = [check.row() for group in _by_target(checks) for check in group]
-    return Table("The targets, for each of our methods", COLUMNS, rows, "Of each target the best method comes first.")
+    note = f"Of each target the best method comes first. {seeds}"
+    return Table("The targets, for each of our methods", COLUMNS, rows, note)
 
 
-def best_of(checks: Sequence[Check]) -> Table:
+def best_of(checks: Sequence[Check], seeds: str) -> Table:
     """Of each target, the method that does best."""
-    return Table("The targets, by the best of our methods", COLUMNS, [group[0].row() for group in _by_target(checks)])
+    rows = [group[0].row() for group in _by_target(checks)]
+    return Table("The targets, by the best of our methods", COLUMNS, rows, seeds)
 
 
 def _by_target(checks: Sequence[Check]) -> list[list[Check]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,9 +16,11 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE
 from benchmarks.report import styles
 from benchmarks.report.statistics import FACTOR, Estimate, Profile
-from benchmarks.report.study import Study
+from benchmarks.report.study import LABELS, Study
 from benchmarks.report.styles import grid, legend, plain
 from benchmarks.runs import Run
+
+TARGET: dict[str, Any] = {"color": "0.3", "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
 
 
 def curves(study: Study, track: str, problem: str) -> Figure | None:
@@ -31,16 +34,14 @@ def curves(study: Study, track: str, problem: str) -> Figure | None:
     target = study.targets[problem]
     for axis, label in ((left, "steps"), (right, "seconds of training")):
         if target is not None:
-            axis.axhline(target, color="0.3", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+            axis.axhline(target, **TARGET)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.set_xlim(left=0)
     _metric_axis(left, [run for runs in found.values() for run in runs], target)
     left.set_ylabel(f"validation {PROBLEMS[problem].metric}")
-    if target is not None:
-        left.annotate("target", (1, target), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    figure.suptitle(f"{problem}, {track}")
-    legend(figure, list(found))
+    figure.suptitle(f"{problem}, {LABELS[track]}")
+    legend(figure, list(found), [Line2D([], [], label="target", **TARGET)] if target is not None else [])
     return figure
 
 
@@ -85,7 +86,7 @@ def speedups(study: Study, track: str) -> Figure | None:
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
     figure.supxlabel(f"{REFERENCE}'s over the method's, 95% intervals: more than 1 is faster", fontsize=10)
-    figure.suptitle(f"To the target, {track}")
+    figure.suptitle(f"To the target, {LABELS[track]}")
     shapes = [("time", "o", "0.3"), ("steps", "o", "w"), ("missed", "x", "0.3")]
     handles = [
         Line2D([], [], marker=m, markerfacecolor=f, color="0.3", linestyle="", label=label) for label, m, f in shapes
@@ -139,7 +140,7 @@ def profiles(study: Study, tracks: Sequence[str] = ("final", "defaults")) -> Fig
     figure, axes = grid(len(found), 4.6, 3.4, columns=2, sharey=True)
     for axis, (track, measure, profile) in zip(axes, found, strict=True):
         _profile_panel(axis, profile)
-        axis.set_title(f"{'time' if measure == 'seconds' else 'steps'} to target, {track}", fontsize=10)
+        axis.set_title(f"{'time' if measure == 'seconds' else 'steps'} to target, {LABELS[track]}", fontsize=10)
     figure.supxlabel("times the best method's", fontsize=10)
     figure.supylabel("part of the problems", fontsize=10)
     known = {method for _, _, profile in found for method in profile.areas}

@@ -14,7 +14,7 @@ from benchmarks.report import claims, figures, fullbatch, panels, summaries
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.checks import all_of, best_of
 from benchmarks.report.page import Section, html, markdown
-from benchmarks.report.study import Study
+from benchmarks.report.study import LABELS, Study
 from benchmarks.report.tables import Table
 from benchmarks.report.targets import checks
 from benchmarks.runs import Run
@@ -39,18 +39,18 @@ def make(runs: list[Run], folder: Path, extras: Sequence[Path] = (), console: Co
     path = folder / "report.html"
     path.write_text(html(sections))
     if console is not None:
-        console.print(*(table.rich() for section in sections[:2] for table in section.tables))
+        console.print(*(section.tables[0].rich() for section in sections[:3] if section.tables))
     return path
 
 
 def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Section]:
-    found = checks(study)
+    found, seeds = checks(study), summaries.all_seeds(study)
     about = (
-        f"The target of a problem is its goal, or the median of tuned {REFERENCE}'s final validation metrics. Numbers are "
-        "medians over seeds with bootstrap intervals over seeds; of five seeds such an interval is their whole range, and "
+        f"The target of a problem is its goal, or the median of tuned {REFERENCE}'s final validation metrics. Numbers "
+        "are medians over seeds with bootstrap intervals; of five seeds such an interval is their whole range, which "
         "covers the true median 94 times in 100; of three, 75 times."
     )
-    yield Section("Targets", about, [best_of(found), all_of(found)])
+    yield Section("Targets", about, [best_of(found, seeds), all_of(found, seeds)])
     yield from (_track(study, folder, track) for track in ("final", "defaults"))
     yield Section("Profiles", pictures=_drawn(folder, profiles=figures.profiles(study)))
     if study.problems("sensitivity"):
@@ -67,14 +67,21 @@ def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Se
 
 def _track(study: Study, folder: Path, track: str) -> Section:
     if not study.problems(track):
-        return Section(track)
+        return Section(LABELS[track])
     tables = [summaries.speedups(study, track, measure) for measure in ("seconds", "steps", "gradients")]
-    title, about = {
-        "final": ("Tuned", "Each method's best of the same number of trials on validation, run again on fresh seeds."),
-        "defaults": ("Defaults", "Each method as it comes, one configuration for all problems."),
+    if tables[1].rows == tables[2].rows:
+        tables.pop()  # every method takes one gradient a step
+    about = {
+        "final": "Each method's best of the same number of trials on validation, run again on fresh seeds.",
+        "defaults": "Each method as it comes, one configuration for all problems.",
     }[track]
     tables += [summaries.metrics(study, track), summaries.profile(study, track)]
-    return Section(title, about, tables, _drawn(folder, **{f"speedups_{track}": figures.speedups(study, track)}))
+    return Section(
+        LABELS[track].capitalize(),
+        about,
+        tables,
+        _drawn(folder, **{f"speedups_{track}": figures.speedups(study, track)}),
+    )
 
 
 def _full_batch(study: Study) -> list[Table]:

@@ -46,8 +46,8 @@ def html(sections: Sequence[Section]) -> str:
 
 def markdown(sections: Sequence[Section]) -> str:
     """The tables alone."""
-    parts = []
+    lines = [f"# {TITLE}\n"]
     for section in sections:
         if section.tables:
-            parts.append("\n".join([f"## {section.title}\n", *(table.markdown() for table in section.tables)]))
-    return "\n".join([f"# {TITLE}\n", *parts])
+            lines += [f"## {section.title}\n", *(table.markdown() for table in section.tables)]
+    return "\n".join(lines)

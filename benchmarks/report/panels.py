@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.problems import PROBLEMS
 from benchmarks.report import styles
@@ -166,7 +167,9 @@ def _dots(axis: Axes, found: Sequence[Estimate | None]) -> None:
             continue
         best = estimate.value == min(finite)
         colour = "#0072b2" if best else "0.45"
-        high = min(estimate.high, 3 * max(finite)) if np.isfinite(max(finite)) else estimate.high
+        high = estimate.high if np.isfinite(estimate.high) else 1.1 * max(finite)
         axis.plot([estimate.low, high], [place, place], color=colour, linewidth=1.6)
         axis.plot(estimate.value, place, "o", color=colour, markersize=5.5)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.tick_params(axis="x", labelsize=8, labelbottom=bool(finite))
     axis.grid(alpha=0.3, linewidth=0.5)

@@ -207,7 +207,7 @@ def good_rates(metrics: Mapping[float, float], is_classification: bool) -> Range
     """The learning rates around the best one that end within 1% of it.
 
     Within 1% is: an accuracy of 0.99 times the best, or a loss that exceeds the least by 1% of its size. Between two
-    rates the metric is taken to be linear in the logarithm of the rate; up to a run that diverged it is taken to be bad.
+    rates the metric is taken to be linear in the logarithm of the rate; next to a run that diverged, to be bad.
 
     Args:
         metrics: Learning rate -> final metric.

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks import protocol
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Config
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE
 from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, needed, speedup
 from benchmarks.runs import Run
+
+LABELS = {"final": "tuned", "defaults": "at defaults", "sensitivity": "over learning rates"}
+"""Tracks, as pictures and tables name them."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _is_known(run: Run) -> bool:
     return run.spec.problem in PROBLEMS and run.spec.method in METHODS
 
 
-def _is_current(run: Run, chosen: dict[tuple[str, str], protocol.Config]) -> bool:
+def _is_current(run: Run, chosen: dict[tuple[str, str], Config]) -> bool:
     spec = run.spec
     if not _is_known(run):
         return False

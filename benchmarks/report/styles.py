@@ -20,11 +20,13 @@ COLOURS = {
     "DiagonalNGD auto": "#e69f00",
     "AdamW": "#000000",
     "Schedule-Free AdamW": "#d55e00",
-    "SGD": "#999999",
-    "NAdam": "#777777",
     "Muon": "#cc79a7",
+    "SOAP": "#882255",
+    "Sophia-H": "#999933",
+    "AdaHessian": "#aa8844",
+    "IVON": "#332288",
 }
-"""Those that matter most; the others are grey, told apart by their lines."""
+"""The others are grey, told apart by their lines."""
 
 GREY = "#999999"
 DASHES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)), (0, (3, 1, 1, 1))]
@@ -63,11 +65,13 @@ def plain(axis: Any) -> None:
     if high / low > 30:
         axis.set_minor_formatter(NullFormatter())
         return
-    several = (1, 2, 3, 5) if high / low > 4 else range(10)
-    axis.set_minor_formatter(
-        FuncFormatter(lambda v, _: f"{v:g}" if round(v / 10 ** np.floor(np.log10(v))) in several else "")
-    )
+    digits = (1, 2, 3, 5) if high / low > 4 else range(10)
+    axis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in digits else ""))
     axis.axes.tick_params(axis=axis.axis_name, which="both", labelsize=8)
+
+
+def _first_digit(value: float) -> int:
+    return round(value / 10 ** np.floor(np.log10(value)))
 
 
 def legend(figure: Figure, methods: Sequence[str], extra: Sequence[Line2D] = (), *, points: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE
 from benchmarks.report.statistics import FACTOR, Estimate, Profile, reach
-from benchmarks.report.study import Study
+from benchmarks.report.study import LABELS, Study
 from benchmarks.report.tables import Strong, Table, counted, number, percent, spread
 from benchmarks.report.targets import width_ratio
 
@@ -25,11 +26,11 @@ def speedups(study: Study, track: str, measure: str) -> Table:
     problems = [name for name in study.problems(track) if study.get(track, name, REFERENCE)]
     rows = [[p, *(_speedup(study, track, p, m, measure) for m in methods)] for p in problems]
     note = (
-        f"{REFERENCE}'s {MEASURES[measure]} to the target over the method's, median over {seeds(study, track)}; more than "
-        f"1 is faster. A miss is given with the seeds that hit. Where {REFERENCE} misses, its whole budget counts. "
-        "Strong: 1.5 or more."
+        f"{REFERENCE}'s {MEASURES[measure]} to the target over the method's, median over {seeds(study, track)}; more "
+        f"than 1 is faster. A miss is given with the seeds that hit. Where {REFERENCE} misses, its whole budget "
+        "counts. Strong: 1.5 or more."
     )
-    return Table(f"{MEASURES[measure].capitalize()} to target, {track}", ["problem", *methods], rows, note)
+    return Table(f"{MEASURES[measure].capitalize()} to target, {LABELS[track]}", ["problem", *methods], rows, note)
 
 
 def _speedup(study: Study, track: str, problem: str, method: str, measure: str) -> str:
@@ -58,10 +59,8 @@ def metrics(study: Study, track: str) -> Table:
         best = _best({m: e for m, e in found.items() if e is not None and not METHODS[m].is_matrix})
         show = shown(problem)
         rows.append([problem, *(Strong(show(found[m])) if m == best else show(found[m]) for m in methods)])
-    note = (
-        f"Error rate in percent, or loss: median over {seeds(study, track)}. Strong: the best that keeps no matrices."
-    )
-    return Table(f"Final test metric, {track}", ["problem", *methods], rows, note)
+    note = f"Error rate in percent, or loss; median over {seeds(study, track)}. Strong: the best without matrices."
+    return Table(f"Final test metric, {LABELS[track]}", ["problem", *methods], rows, note)
 
 
 def _best(found: dict[str, Estimate]) -> str | None:
@@ -70,7 +69,7 @@ def _best(found: dict[str, Estimate]) -> str | None:
 
 def shown(problem: str) -> Callable[[Estimate | None], str]:
     """How a problem's metric is written."""
-    return percent if PROBLEMS[problem].is_classification else spread
+    return percent if PROBLEMS[problem].is_classification else partial(spread, digits=4)
 
 
 def profile(study: Study, track: str) -> Table:
@@ -82,12 +81,12 @@ def profile(study: Study, track: str) -> Table:
         order = sorted(by_time.areas, key=lambda m: by_time.ranks[m].value)
         rows = [_profile_row(m, by_time, by_steps) for m in order]
     note = (
-        f"Of time to target. The score is the area under the profile up to {FACTOR:g} times the best, 1 for a method that "
-        f"is best everywhere; {seeds(study, track)}."
+        f"Of time to target. The score is the area under the profile up to {FACTOR:g} times the best, 1 for a method "
+        f"that is best everywhere; {seeds(study, track)}."
     )
     if left_out and rows:
         note += f" Not run on every problem, so not here: {', '.join(left_out)}."
-    return Table(f"Performance profile, {track}", columns, rows, note)
+    return Table(f"Performance profile, {LABELS[track]}", columns, rows, note)
 
 
 def _profile_row(method: str, by_time: Profile, by_steps: Profile) -> list[str]:
@@ -101,21 +100,22 @@ def _profile_row(method: str, by_time: Profile, by_steps: Profile) -> list[str]:
 def widths(study: Study) -> Table:
     """How robust each method is to its learning rate."""
     methods = study.methods("sensitivity")
-    ours = [name for name in study.ours("sensitivity")]
+    ours = study.ours("sensitivity")
     columns = ["problem", *methods, *(f"{name} / {REFERENCE}" for name in ours)]
     rows = []
     for problem in study.problems("sensitivity"):
         cells = [_width(study, problem, method) for method in methods]
-        rows.append([problem, *cells, *(spread(width_ratio(study, problem, name)) for name in ours)])
+        rows.append([problem, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
     note = (
-        "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its accuracy, "
-        "or 1.01 times its loss; linear in the logarithm of the rate between two of the nine. +: up to the end of the grid. "
-        f"Medians over {_rate_seeds(study)}."
+        "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its "
+        "accuracy, or 1.01 times its loss; linear in the logarithm of the rate between two of the nine. +: up to an "
+        "end of the grid, and maybe beyond. "
+        f"Medians over {rate_seeds(study)}."
     )
     return Table("Width of the range of good learning rates", columns, rows, note)
 
 
-def _rate_seeds(study: Study) -> str:
+def rate_seeds(study: Study) -> str:
     return counted(
         len(study.rates(p, m)) for p in study.problems("sensitivity") for m in study.methods("sensitivity", p)
     )
@@ -142,7 +142,7 @@ def of_problem(study: Study, track: str, problem: str) -> Table:
     note = (
         f"{about}. Steps, gradients, seconds: to {to}, on validation. {_several(study, track, problem).capitalize()}."
     )
-    return Table(f"{problem}, {track}", columns, rows, note)
+    return Table(f"{problem}, {LABELS[track]}", columns, rows, note)
 
 
 def _method_row(study: Study, track: str, problem: str, method: str) -> list[str]:
@@ -156,7 +156,7 @@ def _method_row(study: Study, track: str, problem: str, method: str) -> list[str
     loss = Estimate.median([float("inf") if run.diverged else run.final["test_loss"] for run in runs], problem)
     share = f"{100 * np.median([run.curvature_share for run in runs]):.0f}%" if METHODS[method].is_ours else "-"
     test = shown(problem)(study.test(track, problem, method))
-    return [method, hits, *needs, ratio, test, spread(loss), share, configuration(runs[0].spec.config)]
+    return [method, hits, *needs, ratio, test, spread(loss, 4), share, configuration(runs[0].spec.config)]
 
 
 def configuration(config: dict[str, Any]) -> str:
@@ -168,6 +168,13 @@ def configuration(config: dict[str, Any]) -> str:
 def seeds(study: Study, track: str) -> str:
     """How many seeds there are."""
     return counted(len(runs) for (found, _, _), runs in study.runs.items() if found == track)
+
+
+def all_seeds(study: Study) -> str:
+    """The same of all tracks, in a sentence."""
+    return (
+        f"Tuned: {seeds(study, 'final')}; at defaults: {seeds(study, 'defaults')}; learning rates: {rate_seeds(study)}."
+    )
 
 
 def _several(study: Study, track: str, problem: str) -> str:
@@ -189,17 +196,10 @@ def counts(study: Study) -> Table:
         runs = [run for (found, _, _), some in study.runs.items() if found == track for run in some]
         diverged = sum(run.diverged for run in runs)
         distinct = counted([len({run.spec.seed for run in runs})])
-        row = [
-            track,
-            str(len(study.problems(track))),
-            str(len(study.methods(track))),
-            distinct,
-            str(len(runs)),
-            str(diverged),
-        ]
-        rows.append(row)
+        numbers = len(study.problems(track)), len(study.methods(track)), len(runs), diverged
+        rows.append([track, distinct, *map(str, numbers)])
     note = f"{study.left_out} runs are left out: not of today's problems, methods, budgets or tuned configurations."
-    columns = ["track", "problems", "methods", "seeds", "runs", "diverged"]
+    columns = ["track", "seeds", "problems", "methods", "runs", "diverged"]
     return Table("Runs", columns, rows, note if study.left_out else "")
 
 

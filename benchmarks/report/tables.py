@@ -59,24 +59,25 @@ def _cell(cell: str) -> str:
     return f"**{text}**" if isinstance(cell, Strong) else text
 
 
-def number(value: float) -> str:
-    """Three digits."""
+def number(value: float, digits: int = 3) -> str:
+    """A few digits."""
     if math.isinf(value):
         return "∞"
     if math.isnan(value):
         return "nan"
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
-def spread(estimate: Estimate | None) -> str:
+def spread(estimate: Estimate | None, digits: int = 3) -> str:
     """A median and its interval."""
     if estimate is None:
         return "-"
     if estimate.seeds == 1 or estimate.low == estimate.high:
-        return number(estimate.value)
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+        return number(estimate.value, digits)
+    value, low, high = (number(v, digits) for v in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def percent(estimate: Estimate | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -19,15 +20,15 @@ RIVAL = "Schedule-Free AdamW"
 FASTER = f"time to target: 1.5x faster than tuned {REFERENCE} on half of the problems"
 SLOWER = f"time to target: never below 0.9x of tuned {REFERENCE}"
 STEPS = f"steps to target: no more than {RIVAL}'s on any problem (ratio)"
-METRIC = (
-    "final test metric: within seed noise of the best method of others that is not a matrix method, on every problem"
-)
+METRIC = "final test metric: within seed noise of others' best method that is not a matrix method, on every problem"
 WIDTH = f"learning rates within 1% of the best: twice as wide (in decades) as {REFERENCE}'s on 5 problems"
 AUTO_STEPS = "full batch, no learning rate: steps to 1e-5 at most 0.33 of Adam's at its best rate of 9"
 AUTO_TIME = "full batch, no learning rate: time at most 0.8 of the same"
 AUTO_GRADIENTS = "full batch, no learning rate: fewer gradient evaluations than L-BFGS (ratio)"
 NO_MISS = "defaults: problems on which the target is missed, none"
 FIRST = "defaults: place in the performance profile of time to target, the first"
+
+AUTO = ((AUTO_STEPS, "steps", 0.33), (AUTO_TIME, "seconds", 0.8), (AUTO_GRADIENTS, "gradients", 1.0))
 
 TARGETS = (FASTER, SLOWER, STEPS, METRIC, WIDTH, AUTO_STEPS, AUTO_TIME, AUTO_GRADIENTS, NO_MISS, FIRST)
 
@@ -48,18 +49,23 @@ def _over(study: Study, track: str, method: str, than: str, value: Callable[[str
 
 def _time(study: Study) -> Iterator[Check]:
     for method in study.ours("final"):
-        over = _over(study, "final", method, REFERENCE, lambda p, m=method: study.speedup("final", p, m, "seconds"))
+        over = _over(study, "final", method, REFERENCE, partial(_speed, study, method))
         yield over.count(Check(FASTER, method, bar=over.of / 2), lambda x: x >= 1.5)
         yield over.worst(Check(SLOWER, method, bar=0.9))
 
 
-def _steps(study: Study) -> Iterator[Check]:
-    def ratio(problem: str, method: str) -> Estimate | None:
-        found = study.speedup("final", problem, method, "steps", than=RIVAL)
-        return None if found is None else inverse(found)
+def _speed(study: Study, method: str, problem: str) -> Estimate | None:
+    return study.speedup("final", problem, method, "seconds")
 
+
+def _steps_ratio(study: Study, method: str, problem: str) -> Estimate | None:
+    found = study.speedup("final", problem, method, "steps", than=RIVAL)
+    return None if found is None else inverse(found)
+
+
+def _steps(study: Study) -> Iterator[Check]:
     for method in study.ours("final"):
-        over = _over(study, "final", method, RIVAL, lambda p, m=method: ratio(p, m))
+        over = _over(study, "final", method, RIVAL, partial(_steps_ratio, study, method))
         yield over.worst(Check(STEPS, method, bar=1.0, at_least=False))
 
 
@@ -86,7 +92,7 @@ def _metric(study: Study) -> Iterator[Check]:
             yield Check(METRIC, method, value, len(own), remark=remark, tried=len(own), of=len(problems))
 
 
-def width_ratio(study: Study, problem: str, method: str) -> Estimate | None:
+def width_ratio(study: Study, method: str, problem: str) -> Estimate | None:
     """How much wider the range of good learning rates is than AdamW's, by seeds that both have."""
     ours, theirs = study.widths(problem, method), study.widths(problem, REFERENCE)
     seeds = sorted(ours.keys() & theirs.keys())
@@ -101,19 +107,15 @@ def _ratio(ours: float, theirs: float) -> float:
 
 def _width(study: Study) -> Iterator[Check]:
     for method in study.ours("sensitivity"):
-        over = _over(study, "sensitivity", method, REFERENCE, lambda p, m=method: width_ratio(study, p, m))
+        over = _over(study, "sensitivity", method, REFERENCE, partial(width_ratio, study, method))
         yield Over(over.found, max(over.of, 5)).count(Check(WIDTH, method, bar=5), lambda x: x >= 2)
 
 
 def _full_batch(study: Study) -> Iterator[Check]:
-    goals = [problem for problem in study.targets if PROBLEMS[problem].goal is not None]
+    goals = [name for name, problem in PROBLEMS.items() if problem.goal is not None]
     for method in (name for name, known in METHODS.items() if known.is_ours and "auto" in name):
         found = [Comparison.of(study, problem, method) for problem in goals]
-        for target, name, bar in (
-            (AUTO_STEPS, "steps", 0.33),
-            (AUTO_TIME, "seconds", 0.8),
-            (AUTO_GRADIENTS, "gradients", 1),
-        ):
+        for target, name, bar in AUTO:
             ratios = {c.problem: c.ratios[name] for c in found if name in c.ratios}
             yield Over(ratios, len(goals)).worst(Check(target, method, bar=bar, at_least=False))
 
