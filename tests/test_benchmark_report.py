@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-pytest.importorskip("click")
-
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import PROBLEMS
 from benchmarks.report import make
@@ -18,7 +16,18 @@ from benchmarks.report.ablations import Ablation
 from benchmarks.report.checks import Check, all_of, best_of
 from benchmarks.report.fullbatch import Comparison, best_rate
 from benchmarks.report.panels import stretches
-from benchmarks.report.statistics import Estimate, Profile, combined, good_rates, inverse, needed, reach, speedup
+from benchmarks.report.statistics import (
+    Estimate,
+    Profile,
+    combined,
+    drawn,
+    good_rates,
+    inverse,
+    needed,
+    reach,
+    speedup,
+    width,
+)
 from benchmarks.report.study import Study
 from benchmarks.report.summaries import speedups
 from benchmarks.report.tables import Strong, Table, counted, number, spread
@@ -42,9 +51,7 @@ POINTS = 10
 ENVIRONMENT = {"torch": "2.13.0", "python": "3.11", "fishopt": "0.1.0", "threads": 1, "machine": "x86_64"}
 
 
-def made(
-    method="AdamW", *, problem="digits_mlp", seed=1, track="final", hit=5, metric=None, pace=1.0, config=None, **more
-):
+def made(method="AdamW", *, problem="digits_mlp", seed=1, track="final", hit=5, metric=None, pace=1.0, **more):
     """A run that goes from 1 to `metric` at its evaluation number ``hit`` (from 1), and stays there; None never."""
     steps = PROBLEMS[problem].steps
     metric = (PROBLEMS[problem].goal or 0.1) if metric is None else metric
@@ -187,6 +194,23 @@ def test_rates_next_to_a_run_that_diverged_and_rates_that_all_did():
     assert good_rates({1e-3: math.inf}, is_classification=False) is None
 
 
+def test_widths_are_of_medians_and_vary_with_the_seeds():
+    metrics = {1e-3: [2.0, 2.0, 2.0], 1e-2: [1.0, 1.0, 1.0], 1e-1: [1.0, 2.0, 1.0], 1.0: [math.inf] * 3}
+    found = width(metrics, False, "a")
+    step = 0.01  # down from 1e-2, of the way from 1 to 2
+    assert found.value == pytest.approx(1 + step)
+    # Where the second seed is drawn twice, the rate of 1e-1 is bad, too.
+    assert set(np.round(found.draws, 9)) == {round(1 + step, 9), round(2 * step, 9)}
+    rows = drawn(3, "a")
+    np.testing.assert_array_equal(found.draws < 1, (rows == 1).sum(1) >= 2)
+
+
+def test_rates_that_some_seeds_lack_do_not_count():
+    runs = [made(track="sensitivity", config={"lr": lr}, seed=seed) for lr in (0.1, 1.0) for seed in (1, 2)]
+    study = Study.of([*runs, made(track="sensitivity", config={"lr": 10.0})])
+    assert list(study.rates("digits_mlp", "AdamW")) == [0.1, 1.0]
+
+
 # --- which runs count ---
 
 
@@ -268,10 +292,8 @@ def over_rates(method, problem, good):
     """Nine rates of which the middle ``good`` ones are as good as the best, and the others have diverged."""
     runs = []
     for i in range(9):
-        bad = abs(i - 4) > good // 2
-        runs.append(
-            made(method, problem=problem, track="sensitivity", config={"lr": 10.0 ** (i / 2 - 2)}, diverged=bad)
-        )
+        config, bad = {"lr": 10.0 ** (i / 2 - 2)}, abs(i - 4) > good // 2
+        runs.append(made(method, problem=problem, track="sensitivity", config=config, diverged=bad))
     return runs
 
 
@@ -330,10 +352,10 @@ def test_a_full_batch_goal_that_is_missed():
 
 def test_defaults_without_a_miss_and_first():
     tuned = [*several(), *several(problem="mnist_cnn")]
-    both = [
-        (p, m, hit) for p in ("digits_mlp", "mnist_cnn") for m, hit in (("AdamW", 5), ("FisherAdam", 3), ("SGD", None))
-    ]
-    runs = [*tuned, *(run for p, m, hit in both for run in several(m, problem=p, track="defaults", hit=hit))]
+    runs = list(tuned)
+    for problem in ("digits_mlp", "mnist_cnn"):
+        for method, hit in (("AdamW", 5), ("FisherAdam", 3), ("SGD", None)):
+            runs += several(method, problem=problem, track="defaults", hit=hit)
     found = verdicts(runs, FIRST)["FisherAdam"]
     assert (found.value.value, found.verdict, found.remark) == (1, "met", " of 3")
     assert verdicts(runs, NO_MISS)["FisherAdam"].verdict == "met"
@@ -361,12 +383,19 @@ def test_variants_are_named_by_what_differs():
         runs += several("FisherAdam", track="ablate-refresh", config=config, metric=metric)
     found = Ablation.of(Study.of(runs), "ablate-refresh")
     assert list(found.runs) == ["refresh_every=1", "refresh_every=10", "refresh_every=50"]
-    assert found.common == "method=FisherAdam, damping=0.1"
+    assert found.common == "FisherAdam, damping=0.1"
     assert found.targets == {"digits_mlp": 0.2}
     metrics, steps = found.tables()
     assert [isinstance(row[1], Strong) for row in metrics.rows] == [False, True, False]
     assert steps.rows[1][1] == "250"
     assert steps.rows[0][1] == "miss (0 of 3)"
+
+
+def test_variants_of_several_methods_come_method_by_method():
+    given = [("FisherAdam", {"clip": 1.0}), ("DiagonalNGD", {"damping": 10.0}), ("DiagonalNGD", {"damping": 9.0})]
+    runs = [run for method, config in given for run in several(method, track="ablate-x", config=config)]
+    names = list(Ablation.of(Study.of(runs), "ablate-x").runs)
+    assert names == ["DiagonalNGD, damping=9", "DiagonalNGD, damping=10", "FisherAdam, clip=1"]
 
 
 def test_an_ablation_takes_tuned_adamw_for_its_target():

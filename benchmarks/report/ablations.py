@@ -38,10 +38,10 @@ class Ablation:
         same = {k: v for k, v in arguments[0].items() if all(k in other and other[k] == v for other in arguments)}
         found: dict[str, dict[str, list[Run]]] = {}
         for run, given in sorted(zip(runs, arguments, strict=True), key=lambda pair: _order(pair[1])):
-            variant = configuration({k: v for k, v in given.items() if k not in same})
+            variant = _name({k: v for k, v in given.items() if k not in same})
             found.setdefault(variant, {}).setdefault(run.spec.problem, []).append(run)
         targets = {problem: _target(study, problem, found) for problem in study.problems(track)}
-        return cls(track.removeprefix("ablate-"), configuration(same), found, targets)
+        return cls(track.removeprefix("ablate-"), _name(same), found, targets)
 
     def metric(self, variant: str, problem: str) -> Estimate | None:
         """The final validation metric."""
@@ -87,6 +87,12 @@ class Ablation:
         return f"miss ({sum(not reach(run, self.targets[problem]).is_miss for run in runs)} of {len(runs)})"
 
 
+def _name(arguments: dict[str, Any]) -> str:
+    others = {key: value for key, value in arguments.items() if key != "method"}
+    parts = [arguments.get("method", ""), configuration(others) if others else ""]
+    return ", ".join(part for part in parts if part)
+
+
 def _target(study: Study, problem: str, found: dict[str, dict[str, list[Run]]]) -> float:
     target = study.targets[problem]
     if target is not None:
@@ -94,9 +100,7 @@ def _target(study: Study, problem: str, found: dict[str, dict[str, list[Run]]]) 
     return min(float(np.median([run.metric for run in runs[problem]])) for runs in found.values() if problem in runs)
 
 
-def _order(arguments: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
-    """Numbers by size, and before texts."""
-    return [
-        (key, isinstance(v, str), v if isinstance(v, int | float) else 0.0, str(v))
-        for key, v in sorted(arguments.items())
-    ]
+def _order(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """By method, then by the values of each argument: numbers by size, and before texts."""
+    numbers = {key: value if isinstance(value, int | float) else 0.0 for key, value in arguments.items()}
+    return arguments["method"], [(key, isinstance(v, str), numbers[key], str(v)) for key, v in arguments.items()]

@@ -26,6 +26,7 @@ class Check:
         tried: The number of problems measured.
         of: The number of problems that it is about.
         needs_all: Whether each further problem could only make it worse; else, only better.
+        is_drawn: Whether the value varies with the seeds drawn, and so has an interval.
     """
 
     target: str
@@ -37,6 +38,7 @@ class Check:
     tried: int = 0
     of: int = 0
     needs_all: bool = True
+    is_drawn: bool = True
 
     @property
     def verdict(self) -> str:
@@ -59,8 +61,9 @@ class Check:
         """Of a table."""
         if self.value is None:
             return [self.target, self.method, "-", "-", self.verdict]
-        one = self.value.seeds == 1
-        interval = "one seed" if one else f"{number(self.value.low)} to {number(self.value.high)}"
+        interval = f"{number(self.value.low)} to {number(self.value.high)}" if self.is_drawn else "-"
+        if self.value.seeds == 1:
+            interval = "one seed"
         verdict = Strong(self.verdict) if self.verdict in {"met", "missed"} else self.verdict
         return [self.target, self.method, number(self.value.value) + self.remark, interval, verdict]
 

@@ -106,8 +106,8 @@ def _speedup_panel(axis: Axes, study: Study, track: str, problem: str, methods: 
             if found is None or found.value == 0:
                 continue
             low, high = (
-                min(low, 0.8 * max(found.low, found.value / 4)),
-                max(high, 1.25 * min(found.high, found.value * 4)),
+                min(low, 0.8 * max(found.low, found.value / 2)),
+                max(high, 1.25 * min(found.high, found.value * 2)),
             )
             _dot(axis, method, found, place + shift, filled=measure == "seconds")
     axis.set_xlim(low, high)

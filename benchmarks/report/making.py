@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.ablations import ABLATIONS
 from benchmarks.methods import METHODS
 from benchmarks.protocol import REFERENCE
 from benchmarks.report import claims, figures, fullbatch, panels, summaries
@@ -59,7 +60,6 @@ def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Se
         )
     yield Section("Full batch", tables=_full_batch(study))
     yield from (_ablation(Ablation.of(study, track), folder) for track in study.ablations)
-    yield _estimators(study, folder)
     yield from (_problem(study, folder, problem) for problem in study.targets)
     yield from _others(others)
     yield Section("What ran", "", [summaries.counts(study), summaries.environments(study)])
@@ -68,20 +68,16 @@ def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Se
 def _track(study: Study, folder: Path, track: str) -> Section:
     if not study.problems(track):
         return Section(LABELS[track])
-    tables = [summaries.speedups(study, track, measure) for measure in ("seconds", "steps", "gradients")]
-    if tables[1].rows == tables[2].rows:
-        tables.pop()  # every method takes one gradient a step
     about = {
         "final": "Each method's best of the same number of trials on validation, run again on fresh seeds.",
         "defaults": "Each method as it comes, one configuration for all problems.",
     }[track]
-    tables += [summaries.metrics(study, track), summaries.profile(study, track)]
-    return Section(
-        LABELS[track].capitalize(),
-        about,
-        tables,
-        _drawn(folder, **{f"speedups_{track}": figures.speedups(study, track)}),
-    )
+    needs = [summaries.speedups(study, track, measure) for measure in ("seconds", "steps", "gradients")]
+    if needs[1].rows == needs[2].rows:
+        needs.pop()  # every method takes one gradient a step
+    tables = [summaries.profile(study, track), *needs, summaries.metrics(study, track)]
+    pictures = _drawn(folder, **{f"speedups_{track}": figures.speedups(study, track)})
+    return Section(LABELS[track].capitalize(), about, tables, pictures)
 
 
 def _full_batch(study: Study) -> list[Table]:
@@ -92,19 +88,15 @@ def _full_batch(study: Study) -> list[Table]:
 
 def _ablation(ablation: Ablation, folder: Path) -> Section:
     pictures = _drawn(folder, **{f"ablation_{ablation.name}": panels.ablation(ablation)})
-    return Section(f"Ablation: {ablation.name}", "", ablation.tables(), pictures)
-
-
-def _estimators(study: Study, folder: Path) -> Section:
-    about = "Which estimator each layer used, in one run for each problem."
-    found = {f"estimators_{_plain(m)}": panels.estimators(study, m) for m in METHODS if METHODS[m].is_ours}
-    return Section("Estimators over layers and time", about, pictures=_drawn(folder, **found))
+    about = ABLATIONS[ablation.name].about if ablation.name in ABLATIONS else ""
+    return Section(f"Ablation: {ablation.name}", about, ablation.tables(), pictures)
 
 
 def _problem(study: Study, folder: Path, problem: str) -> Section:
     tracks = [track for track in ("final", "defaults") if study.methods(track, problem)]
     tables = [summaries.of_problem(study, track, problem) for track in tracks]
     pictures = {f"curves_{track}_{problem}": figures.curves(study, track, problem) for track in tracks}
+    pictures[f"estimators_{problem}"] = panels.estimators(study, problem)
     return Section(problem, "", tables, _drawn(folder, **pictures))
 
 
@@ -124,7 +116,3 @@ def _save(folder: Path, found: Iterable[tuple[str, Figure | None]]) -> Iterator[
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=110)
             yield path
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "_")

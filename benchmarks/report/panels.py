@@ -15,7 +15,7 @@ from benchmarks.report import styles
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.statistics import Estimate
 from benchmarks.report.study import Study
-from benchmarks.report.styles import grid, legend, plain
+from benchmarks.report.styles import legend, plain
 from benchmarks.runs import Run
 from fishopt.plotting import COLOURS
 
@@ -23,87 +23,96 @@ from fishopt.plotting import COLOURS
 
 
 def sensitivity(study: Study) -> Figure | None:
-    """The final validation metric over the learning rate, and the range that ends within 1% of the best."""
+    """The final validation metric over the learning rate; below, the range that ends within 1% of the best."""
     problems, methods = study.problems("sensitivity"), study.methods("sensitivity")
     if not problems:
         return None
-    figure, axes = grid(len(problems), 3.4, 2.9)
-    for axis, problem in zip(axes, problems, strict=True):
-        found = [method for method in methods if study.get("sensitivity", problem, method)]
-        for method in found:
-            axis.plot(
-                *_medians(study, problem, method), marker=styles.marker(method), markersize=4, **styles.line(method)
-            )
-        _frame(axis, study, problem, found)
-        axis.set_title(problem, fontsize=10)
-    figure.supxlabel("learning rate; bars below: within 1% of the method's best", fontsize=10)
+    columns = min(len(problems), 4)
+    rows, strip = -(-len(problems) // columns), 0.07 * len(methods) + 0.2
+    figure = Figure(figsize=(3.4 * columns + 2, (2.6 + strip) * rows + 0.4), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.4, strip] * rows)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for place, problem in enumerate(problems):
+        row, column = 2 * (place // columns), place % columns
+        _rates_panel(axes[row, column], axes[row + 1, column], study, problem, methods)
+    figure.supxlabel("learning rate; bars: within 1% of the method's best", fontsize=10)
     figure.supylabel("final validation metric", fontsize=10)
     legend(figure, methods, points=True)
     return figure
 
 
+def _rates_panel(above: Axes, below: Axes, study: Study, problem: str, methods: Sequence[str]) -> None:
+    found = {m: _medians(study, problem, m) for m in methods if study.get("sensitivity", problem, m)}
+    for method, points in found.items():
+        above.plot(*points, marker=styles.marker(method), markersize=4, **styles.line(method))
+    for place, method in enumerate(methods):
+        _bar(below, study, problem, method, place)
+    _metric_limits(above, np.concatenate([values for _, values in found.values()]))
+    above.set_title(problem, fontsize=10)
+    for axis in (above, below):
+        axis.set_visible(True)
+        axis.set_xscale("log")
+        axis.grid(alpha=0.3, linewidth=0.5)
+    below.sharex(above)
+    above.tick_params(axis="x", labelbottom=False)
+    below.set_yticks([])
+    below.set_ylim(len(methods) - 0.3, -0.7)
+
+
 def _medians(study: Study, problem: str, method: str) -> tuple[list[float], list[float]]:
-    by_seed = study.rates(problem, method)
-    rates = sorted(set.intersection(*(set(metrics) for metrics in by_seed.values())))
-    return rates, [float(np.median([metrics[rate] for metrics in by_seed.values()])) for rate in rates]
+    found = study.rates(problem, method)
+    return list(found), [float(np.median(values)) for values in found.values()]
 
 
-def _frame(axis: Axes, study: Study, problem: str, methods: Sequence[str]) -> None:
-    """Limits that leave room for the bars, and the bars."""
-    values = np.concatenate([_medians(study, problem, method)[1] for method in methods])
+def _metric_limits(axis: Axes, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
+    if not len(values):
+        return
     low, top = values.min(), np.quantile(values, 0.8)
-    axis.set_xscale("log")
-    room = 0.08 * len(methods)
     if low > 0:
         axis.set_yscale("log")
-        ratio = max(top / low, 1.2)
-        axis.set_ylim(low * ratio**-room / 1.05, low * ratio**1.1)
+        axis.set_ylim(low / max(top / low, 1.1) ** 0.06, max(top, 1.1 * low))
         plain(axis.yaxis)
-    else:
-        span = top - low
-        axis.set_ylim(low - room * span, top + 0.1 * span)
-    for place, method in enumerate(methods):
-        _bar(axis, study, problem, method, 0.03 + 0.045 * place)
-    axis.grid(alpha=0.3, linewidth=0.5)
+    elif top > low:
+        axis.set_ylim(low - 0.06 * (top - low), top)
 
 
-def _bar(axis: Axes, study: Study, problem: str, method: str, height: float) -> None:
-    for good in study.ranges(problem, method).values():
-        if good is not None:
-            ends = [good.low, good.high] if good.decades else [good.low * 0.95, good.low * 1.05]
-            transform, colour = axis.get_xaxis_transform(), styles.colour(method)
-            axis.plot(
-                ends, [height] * 2, color=colour, transform=transform, linewidth=4, alpha=0.6, solid_capstyle="butt"
-            )
+def _bar(axis: Axes, study: Study, problem: str, method: str, place: int) -> None:
+    good = study.good_rates(problem, method)
+    if good is not None:
+        ends = [good.low, good.high] if good.decades > 0.05 else [good.low / 1.05, good.low * 1.05]
+        axis.plot(ends, [place, place], color=styles.colour(method), linewidth=4, solid_capstyle="butt")
 
 
 # --- estimators ---
 
 
-def estimators(study: Study, method: str) -> Figure | None:
-    """Which estimator each layer used, over time: of one seed on each problem."""
-    found = dict(_chosen(study, method))
+def estimators(study: Study, problem: str) -> Figure | None:
+    """Which estimator each layer used, over time: one run of each of our methods."""
+    found = dict(_chosen(study, problem))
     if not found:
         return None
-    rows = [len(run.choices[-1][1]) for run in found.values()]
-    figure = Figure(figsize=(10, 0.24 * sum(rows) + 0.75 * len(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=[count + 1 for count in rows])[:, 0]
-    for axis, (problem, run) in zip(axes, found.items(), strict=True):
+    rows = max(len(run.choices[-1][1]) for run in found.values())
+    figure = Figure(figsize=(3.6 * len(found) + 2, 0.24 * rows + 1.3), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axis, (method, run) in zip(axes, found.items(), strict=True):
         _map(axis, run)
-        axis.set_title(f"{problem}, seed {run.spec.seed}", fontsize=10, loc="left")
+        axis.set_title(f"{method}, seed {run.spec.seed}", fontsize=10)
+        axis.set_xlabel("step, from 1", fontsize=9)
     used = {name for run in found.values() for _, choices in run.choices for name in choices.values()}
     handles = [Patch(color=_estimator_colour(name), label=name) for name in sorted(used)]
-    figure.legend(handles=handles, loc="outside upper right", frameon=False, ncols=len(handles), fontsize=9)
-    axes[-1].set_xlabel("step, from 1")
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
-def _chosen(study: Study, method: str) -> Iterator[tuple[str, Run]]:
-    for problem in study.targets:
-        runs = study.get("final", problem, method) or study.get("defaults", problem, method)
-        if runs and runs[0].choices:
-            yield problem, runs[0]
+def _chosen(study: Study, problem: str) -> Iterator[tuple[str, Run]]:
+    for track in ("final", "defaults"):
+        ours = study.methods(track, problem)
+        found = {m: runs[0] for m in ours if (runs := study.get(track, problem, m)) and runs[0].choices}
+        if found:
+            yield from found.items()
+            return
 
 
 def _map(axis: Axes, run: Run) -> None:
@@ -111,9 +120,8 @@ def _map(axis: Axes, run: Run) -> None:
     for row, group in enumerate(groups):
         for start, end, name in stretches(run, group):
             axis.barh(row, end - start, left=start, height=0.86, color=_estimator_colour(name))
-            if np.log(end / start) > 0.08 * np.log(run.spec.steps):
-                centre = np.sqrt(start * end)
-                axis.text(centre, row, name, color="w", ha="center", va="center", fontsize=7.5)
+            if np.log(end / start) > 0.04 * len(name) * np.log(run.spec.steps):
+                axis.text(np.sqrt(start * end), row, name, color="w", ha="center", va="center", fontsize=7.5)
     axis.set_xscale("log")
     axis.set_xlim(1, run.spec.steps + 1)
     axis.set_yticks(range(len(groups)), groups, fontsize=8)

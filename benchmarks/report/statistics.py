@@ -45,9 +45,7 @@ class Estimate:
                 draws; those of different keys apart.
         """
         found = np.asarray(values, dtype=float)
-        generator = np.random.default_rng([zlib.crc32(key.encode()), len(found)])
-        rows = generator.integers(len(found), size=(DRAWS, len(found)))
-        return cls(float(np.median(found)), np.median(found[rows], axis=1), len(found))
+        return cls(float(np.median(found)), np.median(found[drawn(len(found), key)], axis=1), len(found))
 
     @property
     def low(self) -> float:
@@ -58,6 +56,12 @@ class Estimate:
     def high(self) -> float:
         """Where the interval ends."""
         return float(np.quantile(self.draws, (1 + LEVEL) / 2, method="higher"))
+
+
+def drawn(seeds: int, key: str) -> np.ndarray:
+    """Which seeds each draw has."""
+    generator = np.random.default_rng([zlib.crc32(key.encode()), seeds])
+    return generator.integers(seeds, size=(DRAWS, seeds))
 
 
 def combined(estimates: Sequence[Estimate], function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -230,6 +234,27 @@ def good_rates(metrics: Mapping[float, float], is_classification: bool) -> Range
     low = _crossing(rates, values, first, first - 1, worst)
     high = _crossing(rates, values, last, last + 1, worst)
     return Range(low, high, first == 0 or last == len(rates) - 1)
+
+
+def width(metrics: Mapping[float, Sequence[float]], is_classification: bool, key: str) -> Estimate:
+    """How many decades of learning rates are good, 0 if all runs diverged.
+
+    Args:
+        metrics: Learning rate -> final metrics by seed, of which the medians count.
+        is_classification: Whether metrics are error rates.
+        key: As of `Estimate.median`.
+    """
+
+    def of(rows: np.ndarray) -> float:
+        found = good_rates(
+            {rate: float(np.median(np.array(m)[rows])) for rate, m in metrics.items()}, is_classification
+        )
+        return 0.0 if found is None else found.decades
+
+    seeds = len(next(iter(metrics.values())))
+    # Few draws differ in more than their order.
+    distinct, which = np.unique(np.sort(drawn(seeds, key), axis=1), axis=0, return_inverse=True)
+    return Estimate(of(np.arange(seeds)), np.array([of(rows) for rows in distinct])[which.ravel()], seeds)
 
 
 def _crossing(rates: list[float], values: list[float], inside: int, outside: int, worst: float) -> float:

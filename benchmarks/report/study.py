@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from benchmarks import protocol
 from benchmarks.methods import METHODS, Config
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE
-from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, needed, speedup
+from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, needed, speedup, width
 from benchmarks.runs import Run
 
 LABELS = {"final": "tuned", "defaults": "at defaults", "sensitivity": "over learning rates"}
@@ -93,21 +95,23 @@ class Study:
         needs = {m: [_known(self.need(track, problem, m, measure)) for problem in problems] for m in everywhere}
         return Profile.of(needs), [m for m in methods if m not in everywhere]
 
-    def rates(self, problem: str, method: str) -> dict[int, dict[float, float]]:
-        """Seed -> learning rate -> final validation metric, of the sensitivity track."""
-        found: dict[int, dict[float, float]] = defaultdict(dict)
+    def rates(self, problem: str, method: str) -> dict[float, list[float]]:
+        """Learning rate -> final validation metrics by seed, of the sensitivity track; rates that all seeds have."""
+        found: dict[float, list[float]] = defaultdict(list)
         for run in self.get("sensitivity", problem, method):
-            found[run.spec.seed][run.spec.config["lr"]] = run.metric
-        return dict(found)
+            found[run.spec.config["lr"]].append(run.metric)
+        most = max(map(len, found.values()), default=0)
+        return {rate: found[rate] for rate in sorted(found) if len(found[rate]) == most}
 
-    def ranges(self, problem: str, method: str) -> dict[int, Range | None]:
-        """Seed -> the learning rates that end within 1% of the best."""
-        is_classification = PROBLEMS[problem].is_classification
-        return {seed: good_rates(metrics, is_classification) for seed, metrics in self.rates(problem, method).items()}
+    def good_rates(self, problem: str, method: str) -> Range | None:
+        """The learning rates that end within 1% of the best, by medians over seeds."""
+        metrics = {rate: float(np.median(values)) for rate, values in self.rates(problem, method).items()}
+        return good_rates(metrics, PROBLEMS[problem].is_classification) if metrics else None
 
-    def widths(self, problem: str, method: str) -> dict[int, float]:
-        """Seed -> how many decades that is, 0 if all runs diverged."""
-        return {seed: 0.0 if r is None else r.decades for seed, r in self.ranges(problem, method).items()}
+    def width(self, problem: str, method: str) -> Estimate | None:
+        """How many decades that is."""
+        found = self.rates(problem, method)
+        return width(found, PROBLEMS[problem].is_classification, problem) if found else None
 
 
 def tested(run: Run) -> float:

@@ -62,10 +62,10 @@ def plain(axis: Any) -> None:
     """Numbers as they are spoken on a logarithmic axis, with some between powers of ten where it spans few."""
     low, high = axis.get_view_interval()
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if high / low > 30:
+    if high / low > 200:
         axis.set_minor_formatter(NullFormatter())
         return
-    digits = (1, 2, 3, 5) if high / low > 4 else range(10)
+    digits = (1, 2, 5) if high / low > 4 else range(10)
     axis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in digits else ""))
     axis.axes.tick_params(axis=axis.axis_name, which="both", labelsize=8)
 

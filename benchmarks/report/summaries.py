@@ -110,23 +110,20 @@ def widths(study: Study) -> Table:
         "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its "
         "accuracy, or 1.01 times its loss; linear in the logarithm of the rate between two of the nine. +: up to an "
         "end of the grid, and maybe beyond. "
-        f"Medians over {rate_seeds(study)}."
+        f"Of medians over {rate_seeds(study)}."
     )
     return Table("Width of the range of good learning rates", columns, rows, note)
 
 
 def rate_seeds(study: Study) -> str:
-    return counted(
-        len(study.rates(p, m)) for p in study.problems("sensitivity") for m in study.methods("sensitivity", p)
-    )
+    """How many seeds each learning rate has."""
+    keys = [key[1:] for key in study.runs if key[0] == "sensitivity"]
+    return counted(len(values) for key in keys for values in study.rates(*key).values())
 
 
 def _width(study: Study, problem: str, method: str) -> str:
-    found = study.ranges(problem, method)
-    if not found:
-        return "-"
-    is_open = any(r is not None and r.is_open for r in found.values())
-    return spread(Estimate.median(list(study.widths(problem, method).values()), problem)) + ("+" if is_open else "")
+    found = study.good_rates(problem, method)
+    return spread(study.width(problem, method)) + ("+" if found is not None and found.is_open else "")
 
 
 def of_problem(study: Study, track: str, problem: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -88,21 +89,17 @@ def _metric(study: Study) -> Iterator[Check]:
         if own:
             bad = [p for p, estimate in own.items() if not is_within_noise(estimate, problems[p])]
             remark = f" of {len(own)} problems" + (f"; not on {', '.join(bad)}" if bad else "")
-            value = constant(len(own) - len(bad), min(e.seeds for e in own.values()))
-            yield Check(METRIC, method, value, len(own), remark=remark, tried=len(own), of=len(problems))
+            count = constant(len(own) - len(bad), min(e.seeds for e in own.values()))
+            check = Check(METRIC, method, count, len(own), is_drawn=False)
+            yield replace(check, remark=remark, tried=len(own), of=len(problems))
 
 
 def width_ratio(study: Study, method: str, problem: str) -> Estimate | None:
-    """How much wider the range of good learning rates is than AdamW's, by seeds that both have."""
-    ours, theirs = study.widths(problem, method), study.widths(problem, REFERENCE)
-    seeds = sorted(ours.keys() & theirs.keys())
-    return Estimate.median([_ratio(ours[s], theirs[s]) for s in seeds], problem) if seeds else None
-
-
-def _ratio(ours: float, theirs: float) -> float:
-    if theirs == 0:
-        return float("inf") if ours else 1.0
-    return ours / theirs
+    """How much wider the range of good learning rates is than AdamW's; as wide, if both are single rates."""
+    ours, theirs = study.width(problem, method), study.width(problem, REFERENCE)
+    if ours is None or theirs is None:
+        return None
+    return combined([ours, theirs], lambda x: np.where(x[0] == x[1], 1.0, x[0] / np.where(x[0] == x[1], 1.0, x[1])))
 
 
 def _width(study: Study) -> Iterator[Check]:
