@@ -74,7 +74,7 @@ def verdicts(runs, target):
 # --- medians and intervals ---
 
 
-@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 2.0, 4.0, 3.0], [1.0, math.inf, 2.0]])
+@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 2.0, 4.0, 3.0], [1.0, math.inf, 2.0], [math.inf] * 3])
 def test_intervals_hold_the_median_and_stay_within_the_seeds(values):
     estimate = Estimate.median(values, "a")
     assert estimate.value == np.median(values)
@@ -276,6 +276,14 @@ def test_steps_against_schedule_free(hit, verdict):
     assert found.value.value == pytest.approx(hit / 5)
 
 
+def test_steps_are_judged_where_they_are_most():
+    runs = []
+    for problem, hit in (("digits_mlp", 6), ("mnist_cnn", 4)):
+        runs += several("Schedule-Free AdamW", problem=problem) + several("FisherAdam", problem=problem, hit=hit)
+    found = verdicts([*runs, *several(), *several(problem="mnist_cnn")], STEPS)["FisherAdam"]
+    assert (found.value.value, found.remark) == (pytest.approx(6 / 5), " on digits_mlp")
+
+
 def test_the_final_metric_is_compared_with_others_that_keep_no_matrices():
     def tests_of(method, values):
         return [made(method, seed=i, test=value) for i, value in enumerate(values)]
@@ -366,11 +374,13 @@ def test_defaults_without_a_miss_and_first():
 
 
 def test_the_best_method_of_a_target_comes_first():
-    one = Estimate.median([1.0])
-    found = [Check("a", "worse", one, 2.0), Check("a", "better", one, 1.0), Check("b")]
-    assert [row[1] for row in all_of(found, "").rows] == ["better", "worse", "-"]
-    assert [row[1] for row in best_of(found, "").rows] == ["better", "-"]
+    one, two = Estimate.median([1.0]), Estimate.median([2.0])
+    found = [Check("a", "worst", two, 3.0), Check("a", "better", one, 1.0), Check("a", "best", two, 1.0), Check("b")]
+    assert [row[1] for row in all_of(found, "").rows] == ["best", "better", "worst", "-"]
+    assert [row[1] for row in best_of(found, "").rows] == ["best", "-"]
     assert best_of(found, "").rows[0][3] == "one seed"
+    found = [Check("a", "more", two, 3.0, at_least=False), Check("a", "less", one, 3.0, at_least=False)]
+    assert [row[1] for row in best_of(found, "").rows] == ["less"]
 
 
 # --- ablations and estimators ---
