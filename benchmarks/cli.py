@@ -14,9 +14,22 @@ from benchmarks import ablations, protocol
 from benchmarks.ablations import ABLATIONS
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Spec, Store
+from benchmarks.runs import Spec, Store, keep_runs
 
-MAIN = ("FisherAdam", "DiagonalNGD", "AdamW", "NAdam", "SGD", "Muon", "Schedule-Free AdamW")
+RESULTS = Path(__file__).parent / "results"
+"""What is kept with the repository."""
+
+MAIN = (
+    "FisherAdam",
+    "FisherAdam schedule-free",
+    "DiagonalNGD",
+    "DiagonalNGD auto",
+    "AdamW",
+    "NAdam",
+    "SGD",
+    "Muon",
+    "Schedule-Free AdamW",
+)
 """The methods that are run unless others are named."""
 
 
@@ -128,6 +141,23 @@ def ablate(
         where = problems or _at_hand(ABLATIONS[name].problems, data_dir)
         specs += ablations.specs(name, where, range(1, seeds + 1))
     _run(specs, data_dir, Store(out), jobs)
+
+
+@main.command()
+@options("out")
+@click.option("--to", type=click.Path(path_type=Path), default=Path("out/report"), show_default=True, help="Folder.")
+@click.option("--keep", is_flag=True, help="Also keep the runs with the repository, in benchmarks/results/runs.")
+def report(out: Path, to: Path, *, keep: bool) -> None:
+    """Makes tables and pictures of finished runs, and one page of all; of those in the repository if --out has none."""
+    from benchmarks.report import make
+
+    runs = list(Store(out).runs()) or list(Store(RESULTS / "runs").runs())
+    if not runs:
+        raise click.ClickException(f"there are no runs in {out}; `run` makes some")
+    if keep:
+        keep_runs(runs, RESULTS / "runs")
+    extras = sorted(path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind))
+    click.echo(f"written: {make(runs, to, extras, Console())}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -160,11 +161,12 @@ def best(runs: Iterable[Run]) -> dict[tuple[str, str], Config]:
 
 
 def target(runs: Iterable[Run], problem: str) -> float | None:
-    """The metric to reach: the problem's own goal, or the median of tuned AdamW's final ones."""
+    """The metric to reach: the problem's own goal, or the median of tuned AdamW's at the end of its curves."""
     goal = PROBLEMS[problem].goal
     if goal is not None:
         return goal
-    own = [run.metric for run in runs if _is_reference(run, problem)]
+    # As the curves have it, rounded and of as many examples: it is compared with curves.
+    own = [math.inf if run.diverged else run.curve.valid_metric[-1] for run in runs if _is_reference(run, problem)]
     return median(own) if own else None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Curve:
         """Another evaluation."""
         for name, value in values.items():
             getattr(self, name).append(_short(value))
+
+    def last(self) -> Curve:
+        """The last evaluation alone."""
+        return Curve(**{name: values[-1:] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,19 @@ class Store:
             yield from (Run.read(values) for values in (content if isinstance(content, list) else [content]))
 
 
-def bundle(runs: Iterable[Run], path: Path) -> None:
-    """Writes runs into one file, a line for each, to be kept under version control."""
-    lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"[\n{lines}\n]\n")
+def keep_runs(runs: Iterable[Run], folder: Path) -> None:
+    """Writes runs into a file for each track, a line for each run, to be kept under version control.
+
+    Of trials only the outcome is kept, as nothing else of them is looked at.
+    """
+    by_track: dict[str, list[Run]] = {}
+    for run in runs:
+        short = replace(run, curve=run.curve.last(), choices=[]) if run.spec.track == "tune" else run
+        by_track.setdefault(run.spec.track, []).append(short)
+    folder.mkdir(parents=True, exist_ok=True)
+    for track, found in by_track.items():
+        lines = ",\n".join(json.dumps(asdict(run), separators=(",", ":")) for run in found)
+        (folder / f"{track}.json").write_text(f"[\n{lines}\n]\n")
 
 
 def environment() -> dict[str, Any]:

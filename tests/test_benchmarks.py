@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from benchmarks.cli import main
 from benchmarks.methods import METHODS
 from benchmarks.models import PoissonResidual
 from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Run, Spec, Store, bundle
+from benchmarks.runs import Run, Spec, Store, keep_runs
 from benchmarks.training import Training
 
 BUILT_IN = [name for name, problem in PROBLEMS.items() if not problem.needs_files]
@@ -162,8 +163,12 @@ def test_finished_runs_are_not_repeated(tmp_path):
 def test_runs_come_back_from_files_and_bundles(tmp_path):
     run = trained(spec(steps=3))
     Store(tmp_path / "a").save(run)
-    bundle([run, run], tmp_path / "b" / "runs.json")
-    assert list(Store(tmp_path).runs()) == [run, run, run]
+    trial = trained(spec(steps=20, track="tune"))
+    keep_runs([run, trial, run], tmp_path / "b")
+    read = list(Store(tmp_path).runs())
+    assert read[:3] == [run, run, run]
+    assert read[3].metric == trial.metric
+    assert read[3].curve.step == [20]
     assert Run.read(json.loads(json.dumps({**vars(run), "spec": vars(run.spec), "curve": vars(run.curve)}))) == run
 
 
@@ -192,8 +197,9 @@ def test_the_best_trial_is_run_again_on_fresh_seeds_and_adamws_median_is_the_tar
     short = [Spec(**{**vars(s), "steps": 20}) for s in finals]
     protocol.run_all(short, None, store)
     runs = list(store.runs())
-    expected = sorted(run.metric for run in runs if run.spec.track == "final")[1]
+    expected = sorted(run.curve.valid_metric[-1] for run in runs if run.spec.track == "final")[1]
     assert protocol.target(runs, "digits_mlp") == expected
+    assert sum(run.first(expected) is not None for run in runs if run.spec.track == "final") >= 2
     assert protocol.target(runs, "fit_curve") == 1e-5
     assert protocol.target(runs, "mnist_relu") is None
 
@@ -217,6 +223,8 @@ def test_commands(tmp_path):
     call("run", *few, "--track", "final", "--seeds", "2")
     assert "2 runs, 2 of them finished before" in call("run", *few, "--track", "final", "--seeds", "2")
     assert len(list(Store(tmp_path).runs())) == 4
+    page = call("report", "--to", str(tmp_path / "report")).split("written: ")[1].strip()
+    assert "gaussian_regression" in Path(page).read_text()
 
 
 def test_a_final_without_trials_is_refused(tmp_path):
