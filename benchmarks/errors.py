@@ -139,8 +139,8 @@ def relative_variances(model: nn.Module, x: Tensor, exact: dict[str, Tensor]) ->
 def second_moments(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """``E_x sum_i E[Ihat_i^2 | x]`` of each layer of a chain, by hand: a layer's sums take no gradient per weight.
 
-    With ``a`` a layer's inputs and ``g`` the derivative of ``<c, h>`` by its outputs, ``q(c)`` is ``g^2 a^2`` of weights
-    and ``g^2`` of biases, so the sum of its squares over the layer is ``sum g^4 (1 + sum a^4)``.
+    With ``a`` a layer's inputs and ``g`` the derivative of ``<c, h>`` by its outputs, ``q(c)`` is ``g^2 a^2``, and of
+    biases ``g^2``, so the sum of its squares over the layer is ``sum g^4 (1 + sum a^4)``.
     """
     linear = [module for module in model if isinstance(module, nn.Linear)]
     total = {name: torch.zeros(len(linear), dtype=torch.float64) for name in ("I1", "exact", "hutchinson")}

@@ -267,7 +267,7 @@ def draw(name: str, found: Found, path: Path) -> None:
             axis.grid(alpha=0.3, linewidth=0.5)
         axes[0].set_title(f"layer {layer + 1}" + (": V2 = 0" if layer == layers - 1 else ""))
     for axis, label in zip(
-        grid[:, 0], ("Fisher information", "root of label variance", "bound / value, of variances"), strict=True
+        grid[:, 0], ("Fisher information", "root of label variance", "bound / value (not of roots)"), strict=True
     ):
         axis.set_ylabel(label)
     grid[2, 0].set_ylim(bottom=0.8)
