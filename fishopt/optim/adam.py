@@ -104,7 +104,6 @@ class FisherAdam(FisherOptimizer):
             generator=generator,
             scale=scale,
         )
-        self._scalars = ("energy",) if self._grafts else ()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])

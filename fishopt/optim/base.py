@@ -130,7 +130,7 @@ class FisherOptimizer(Resumable, ABC):
         """
         checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
-            make_room(self, self._scalars)
+            make_room(self, (*self._scalars, "energy") if self._grafts else self._scalars)
             return None
         started = self._start_clock()
         loss = None
