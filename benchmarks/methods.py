@@ -71,7 +71,7 @@ def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: A
     return fishopt.FisherAdam(model, loss_fn, **config)
 
 
-@method("FisherAdam schedule-free", 2e-3, package="fishopt")
+@method("FisherAdam schedule-free", 6e-3, package="fishopt")
 def fisher_adam_schedule_free(
     model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
 ) -> torch.optim.Optimizer:

@@ -19,6 +19,9 @@ from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid
 from fishopt.optim.schedule_free import ScheduleFree, schedule_free_update
 from fishopt.optim.units import Params
 
+LR = {False: 2e-3, True: 6e-3}
+"""The default learning rates, without and with schedule-free averaging."""
+
 
 class FisherAdam(ScheduleFree):
     r"""Adam-like: ``m / (sqrt(F/B) + damping * rms + eps)`` with decoupled weight decay.
@@ -33,7 +36,7 @@ class FisherAdam(ScheduleFree):
             estimated from the residuals; pass a `Gaussian` to fix it.
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
-        lr: Learning rate.
+        lr: Learning rate; 2e-3 if None, or with ``schedule_free`` 6e-3, as an average stands larger steps.
         betas: Decay rates of the moving averages: of the gradient, per step, and of the Fisher diagonal, per refresh.
         eps: Added to the denominator.
         damping: Damping relative to the layer's own root mean Fisher diagonal.
@@ -71,7 +74,7 @@ class FisherAdam(ScheduleFree):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 2e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         damping: float = 1.0,
@@ -88,7 +91,7 @@ class FisherAdam(ScheduleFree):
         generator: torch.Generator | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
+            "lr": LR[bool(schedule_free)] if lr is None else lr,
             "betas": betas,
             "eps": eps,
             "damping": damping,
@@ -110,7 +113,6 @@ class FisherAdam(ScheduleFree):
             generator=generator,
             scale=scale,
         )
-        self._scalars = ("energy",) if self._grafts else ()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])

@@ -145,7 +145,11 @@ class FisherOptimizer(Resumable, ABC):
         """
         checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
+<<<<<<< HEAD
             self._make_room()
+=======
+            make_room(self, (*self._scalars, "energy") if self._grafts else self._scalars)
+>>>>>>> wt_scale
             return None
         started = self._start_clock()
         loss = None

@@ -144,7 +144,7 @@ class Curvature:
             self._shadow = Shadow(self._model, self._readout)
         return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
 
-    def _residuals(self, gradient: Tensor | None, counted: Tensor | None) -> Tensor | None:
+    def _residuals(self, gradient: Tensor | None, counted: Tensor | None = None) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
 
         Raises:
