@@ -120,7 +120,7 @@ class FisherOptimizer(Resumable, ABC):
 
     def _make_room(self) -> None:
         """Makes all the state that there will be."""
-        make_room(self, self._scalars)
+        make_room(self, (*self._scalars, "energy") if self._grafts else self._scalars)
 
     def _prepared(
         self, estimate: Estimate | None, members: Members, closure: Any, loss: Any, transaction: Transaction
@@ -145,11 +145,7 @@ class FisherOptimizer(Resumable, ABC):
         """
         checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
-<<<<<<< HEAD
             self._make_room()
-=======
-            make_room(self, (*self._scalars, "energy") if self._grafts else self._scalars)
->>>>>>> wt_scale
             return None
         started = self._start_clock()
         loss = None
