@@ -221,6 +221,9 @@ def test_groups_and_parameters_that_join_late():
             q.grad = p.grad.clone()
         if step < 4:
             model.matrix.grad = None
+        elif step < 8:  # as many steps in the end, of other weights
+            model.vector.grad = None
+            optimizer.param_groups[0]["lr"] = 0.2
         for one in (optimizer, plain):
             one.refresh(torch.zeros(1))
         reference.step(optimizer)
@@ -228,7 +231,7 @@ def test_groups_and_parameters_that_join_late():
         plain.step()
     optimizer.param_groups.pop()
     reference.check(optimizer, 1e-11, 1e-12)
-    assert optimizer.state[model.matrix]["averaged"] == 5
+    assert [optimizer.state[p]["averaged"] for p in (model.vector, model.matrix, model.conv)] == [2, 5, 9]
     assert torch.equal(model.large, other.large)
     assert torch.equal(model.scalar, other.scalar)
 
@@ -240,6 +243,9 @@ def test_calls_put_in_what_they_are_for():
     model, optimizer = _start()
     _train(model, optimizer, 8)
     y = _values(model)
+    with torch.no_grad():
+        model(X)
+    assert _same(_values(model), y)
     out = _evaluate(model)
     x = _values(model)
     assert not any(map(torch.equal, x, y))
@@ -449,6 +455,19 @@ def test_a_file_without_what_was_trained():
     optimizer.train()
     for p, old in zip(model.parameters(), y, strict=True):
         torch.testing.assert_close(p.detach(), old, rtol=1e-13, atol=1e-14)
+
+
+def test_a_file_beside_a_model_of_another_moment():
+    """What the model holds already is not put back once more."""
+    model, optimizer = _start()
+    _train(model, optimizer, 15)
+    y = _values(model)
+    optimizer.eval()
+    saved = _through_a_file(optimizer.state_dict())
+    optimizer.train()
+    optimizer.load_state_dict(saved)
+    optimizer.train()
+    assert _same(_values(model), y)
 
 
 def test_a_file_from_before_goes_on_as_it_was():

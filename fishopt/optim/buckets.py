@@ -58,10 +58,10 @@ class Bucket:
         largest, averaged = _weights(self.states[0])
         if lr > largest:  # weights are counted in units of the last one
             averaged, largest = averaged * (largest / lr) ** 2, lr
-        averaged += largest > 0
+        averaged += 1
         for state in self.states:
             state["lr_max"], state["averaged"] = largest, averaged
-        return 1 / averaged if averaged else 0.0
+        return 1 / averaged
 
     def kept(self, name: str) -> list[Tensor]:
         """An entry of every parameter's state."""
