@@ -271,7 +271,7 @@ def draw(result: Result, path: Path) -> None:
     handles = [Line2D([], [], color=COLOURS[name], marker="o", markersize=4, label=name) for name in ESTIMATORS]
     handles.append(Line2D([], [], color="0.1", linestyle="--", label="auto"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    figure.supxlabel("compute: inputs x backward passes")
+    figure.supxlabel("compute: inputs x backward passes (points: measured, lines: Theorem 4.7 in closed form)")
     figure.savefig(path, dpi=110)
 
 

@@ -148,7 +148,7 @@ def look(model: nn.Module, inputs: Tensor) -> Look:
             for bound in bounds:
                 for v, b in zip(value, bound, strict=True):
                     # A part in 10^9 is rounding: the terms of V1 cancel.
-                    violations += int(((v > b * (1 + 1e-9)) | (v < 0)).sum())
+                    violations += int((~((v >= 0) & (v <= b * (1 + 1e-9)))).sum())
                     comparisons += v.numel()
     by_layers = [torch.tensor(part, dtype=torch.float64).permute(0, 3, 1, 2) for part in (means, roots)]
     return Look(by_layers[0], by_layers[1], violations, comparisons)
@@ -346,8 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
             claims += check(name, found)
             kept[name] = numbers(found)
             draw(name, found, options.out / f"figure2_{activation}_{layers}.png")
-    content = {"settings": settings, "claims": [asdict(claim) for claim in claims], "networks": kept}
-    (options.out / "figure2.json").write_text(json.dumps(content) + "\n")
+            content = {"settings": settings, "claims": [asdict(claim) for claim in claims], "networks": kept}
+            (options.out / "figure2.json").write_text(json.dumps(content) + "\n")
     Console(width=140).print(table("Figure 2, the claims", claims))
     print(f"pictures and numbers: {options.out.resolve()}")
 
