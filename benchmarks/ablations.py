@@ -57,7 +57,35 @@ ABLATIONS: Mapping[str, Ablation] = {
             *grid(["DiagonalNGD"], damping=(0.01, 0.03, 0.1, 0.3), kl_radius=(1e-7, 1e-6, 1e-5)),
         ],
     ),
+    "scale": Ablation(
+        "where the size of F is from, and how wide a range of learning rates stands it",
+        [
+            *grid(["FisherAdam"], scale=("auto", "dispersion", "gradient"), lr=(1e-3, 3e-3, 1e-2, 3e-2)),
+            *grid(["FisherAdam"], scale=("gradient",), damping=(0.1, 0.3), lr=(1e-3, 3e-3, 1e-2)),
+        ],
+    ),
+    "averaging": Ablation(
+        "schedule-free averaging, against a cosine decay and neither",
+        [
+            *grid(["FisherAdam"], schedule=("constant", "cosine"), lr=(2e-3, 4e-3)),
+            *grid(["FisherAdam schedule-free"], lr=(3e-3, 6e-3, 1.2e-2), betas=((0.9, 0.95), (0.98, 0.95))),
+            *grid(["FisherAdam schedule-free"], lr=(6e-3, 1.2e-2), clip=(0.3, 0.5)),
+        ],
+    ),
+    "caution": Ablation(
+        "damping that grows with the standard error of the estimate, or shrinks it to the layer's mean, against neither",
+        [
+            (method, {**config, **form})
+            for method, config in grid(["FisherAdam cautious"], damping=(0.1, 0.3, 1.0), lr=(1e-3, 3e-3, 1e-2))
+            for form in ({}, {"caution": 1.0}, {"shrink": True})
+        ],
+        ("digits_mlp", "mnist_relu", "mnist_sigmoid"),
+    ),
 }
+
+
+STUDIES = {"errors": "benchmarks.errors", "blend": "benchmarks.blend"}
+"""Studies of estimates, not of training: modules whose `main` takes ``--data-dir`` and the folder ``--out``."""
 
 
 def specs(name: str, problems: Iterable[str], seeds: Iterable[int]) -> list[Spec]:

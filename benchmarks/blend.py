@@ -12,7 +12,6 @@ is I1 with ``beta r`` added, r the mean-zero part of I2: the blend without the c
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -25,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fishopt
-from benchmarks.defaults import MNIST, load
+from benchmarks.data import SOURCES
+from benchmarks.models import mlp
 from fishopt.batch import Batch
 from fishopt.groups import layers
 from fishopt.passes.base import SKETCH_COST
@@ -166,20 +166,19 @@ def rows(activation: str, stage: str, model: nn.Sequential, x: Tensor) -> list[R
 
 def measure(activation: type[nn.Module], data_dir: Path, *, inputs: int, seed: int) -> list[Row]:
     """Trains one network by `fishopt.FisherAdam` at its defaults, and looks at it on the way."""
-    x, y, x_test, _ = load(MNIST[0], seed, data_dir)
+    data = SOURCES["mnist"](data_dir)
     torch.manual_seed(seed)
-    parts = [m for a, b in itertools.pairwise(WIDTHS) for m in (nn.Linear(a, b), activation())]
-    model, loss_fn = nn.Sequential(*parts[:-1]), nn.CrossEntropyLoss()
+    model, loss_fn = mlp(WIDTHS, activation), nn.CrossEntropyLoss()
     optimizer = fishopt.FisherAdam(model, loss_fn)
     found: list[Row] = []
     names = {steps: stage for stage, steps in STAGES.items()}
     for step in track(range(1, max(names) + 1), description=activation.__name__):
-        chosen = torch.randint(len(x), (128,))
+        some = data.train.of(torch.randint(len(data.train), (128,)))
         optimizer.zero_grad()
-        loss_fn(model(x[chosen]), y[chosen]).backward()
+        loss_fn(model(some.inputs), some.targets).backward()
         optimizer.step()
         if step in names:
-            found += rows(activation.__name__, names[step], model, x_test[:inputs])
+            found += rows(activation.__name__, names[step], model, data.test.inputs[:inputs])
     return found
 
 
@@ -202,14 +201,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST/raw/*.gz")
     parser.add_argument("--inputs", type=int, default=32, help="test inputs that variances are means over")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/blend.json"))
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for blend.json")
     options = parser.parse_args(arguments)
     found: list[Row] = []
     for activation in (nn.Sigmoid, nn.Tanh):
         found += measure(activation, options.data_dir, inputs=options.inputs, seed=options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row)) for row in found)
-    options.out.write_text(f"[\n{lines}\n]\n")
+    (options.out / "blend.json").write_text(f"[\n{lines}\n]\n")
     Console(width=160).print(show(found))
 
 

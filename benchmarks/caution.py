@@ -1,4 +1,4 @@
-"""Damping by the standard error of the estimate: does it help? ``python -m benchmarks.caution --data-dir DIR``.
+"""FisherAdam damped by the standard error of its estimate: does it help? ``python -m benchmarks ablate caution``.
 
 `Cautious` knows how uncertain a layer's averaged Fisher diagonal is, from how far each new estimate is from the
 average: inputs, labels and sketches all show in that. With estimates of variance ``s^2`` the average of n of them, of
@@ -6,36 +6,18 @@ decay b, has the variance ``r s^2``, ``r = (1 - b) / (1 + b) * (1 + b^n) / (1 - 
 ``(1 + r) s^2`` away from it in mean square. It then either adds that error to F (``caution``), or moves F towards the
 layer's mean by the share of the entries' variance that is noise (``shrink``, James and Stein's), so that both fade as
 the average sharpens.
-
-Final training losses on MNIST, by damping, inputs per refresh, activation and learning rate, beside neither.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import fishopt
-from benchmarks.defaults import MNIST, load
 from fishopt.groups import by_layer
 from fishopt.optim.averages import Average
 from fishopt.optim.estimate import Estimate, Moment
-
-FORMS: dict[str, dict[str, Any]] = {"neither": {}, "caution 1": {"caution": 1.0}, "shrink": {"shrink": True}}
-ACTIVATIONS = {"ReLU": nn.ReLU, "Sigmoid": nn.Sigmoid, "Tanh": nn.Tanh}
-DAMPINGS = (0.1, 0.3, 1.0)
-REFRESH_INPUTS = (4, 16, 64)
-RATES = (3e-3, 1e-2, 3e-2)
 
 
 class Cautious(fishopt.FisherAdam):
@@ -90,74 +72,3 @@ def spread(new: Tensor, state: dict[str, Any], decay: float) -> float:
 def _share(decay: float, count: int) -> float:
     """The variance of an average of so many estimates over that of one."""
     return (1 - decay) / (1 + decay) * (1 + decay**count) / (1 - decay**count)
-
-
-def train(data: tuple[Tensor, Tensor], widths: tuple[int, ...], steps: int, config: dict[str, Any]) -> float:
-    """The training loss on the first 4096 inputs after so many steps of batch 128."""
-    x, y = data
-    torch.manual_seed(config["seed"])
-    pairs = itertools.pairwise(widths)
-    layers = [m for a, b in pairs for m in (nn.Linear(a, b), ACTIVATIONS[config["activation"]]())]
-    model, loss_fn = nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss()
-    options = {key: config[key] for key in ("lr", "damping", "refresh_inputs")}
-    optimizer = Cautious(model, loss_fn, **options, **FORMS[config["form"]])
-    for _ in range(steps):
-        rows = torch.randint(len(x), (128,))
-        optimizer.zero_grad()
-        loss_fn(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return float(loss_fn(model(x[:4096]), y[:4096]))
-
-
-def configs(seeds: int) -> Iterator[dict[str, Any]]:
-    """All that is trained, what is compared next to each other."""
-    keys = ("seed", "activation", "refresh_inputs", "damping", "lr", "form")
-    for values in itertools.product(range(seeds), ACTIVATIONS, REFRESH_INPUTS, DAMPINGS, RATES, FORMS):
-        yield dict(zip(keys, values, strict=True))
-
-
-def show(results: list[dict[str, Any]]) -> Table:
-    """Of each form the mean loss over seeds at its best learning rate, which is in brackets."""
-    table = Table(title="final training loss at the best learning rate")
-    for heading in ("activation", "refresh_inputs", "damping", *FORMS):
-        table.add_column(heading, justify="right")
-    settings = [(r["activation"], r["refresh_inputs"], r["damping"]) for r in results]
-    for setting in dict.fromkeys(settings):
-        cells = []
-        for form in FORMS:
-            losses: dict[float, list[float]] = {}
-            for own, r in zip(settings, results, strict=True):
-                if own == setting and r["form"] == form:
-                    losses.setdefault(r["lr"], []).append(r["loss"])
-            means = {lr: sum(listed) / len(listed) for lr, listed in losses.items()}
-            best = min(means, key=means.__getitem__)
-            cells.append(f"{means[best]:.3f} ({best:g})")
-        table.add_row(*map(str, setting), *cells)
-    return table
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Trains all, writes the losses as JSON, and prints them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST/raw/*.gz")
-    parser.add_argument(
-        "--small", action="store_true", help="images of 14 x 14 and 196-64-64-32-10, not 784-256-256-128-10"
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=469)
-    parser.add_argument("--out", type=Path, default=Path("out/caution.json"))
-    options = parser.parse_args(arguments)
-    x, y, _, _ = load(MNIST[0], 0, options.data_dir)
-    widths = (784, 256, 256, 128, 10)
-    if options.small:
-        x, widths = nn.functional.avg_pool2d(x.view(-1, 1, 28, 28), 2).flatten(1), (196, 64, 64, 32, 10)
-    results = [{**c, "loss": train((x, y), widths, options.steps, c)} for c in track(list(configs(options.seeds)))]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(map(json.dumps, results))
-    options.out.write_text(f"[\n{lines}\n]\n")
-    Console(width=120).print(show(results))
-
-
-if __name__ == "__main__":
-    main()

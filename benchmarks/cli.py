@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ablations, protocol
-from benchmarks.ablations import ABLATIONS
+from benchmarks.ablations import ABLATIONS, STUDIES
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.runs import Spec, Store, keep_runs
@@ -130,16 +131,24 @@ def tune(
 
 
 @main.command()
-@click.argument("names", nargs=-1, type=click.Choice(list(ABLATIONS)))
+@click.argument("names", nargs=-1, type=click.Choice([*ABLATIONS, *STUDIES]))
 @options("problems", "data", "out", "jobs", "seeds")
 def ablate(
     names: tuple[str, ...], problems: tuple[str, ...], data_dir: Path | None, out: Path, jobs: int, seeds: int
 ) -> None:
-    """Trains variants of our methods that differ in one choice or two; all ablations unless some are named."""
+    """Trains variants of our methods that differ in one choice or two; all ablations unless some are named.
+
+    Two train nothing, but look at estimates: "errors", what each costs and how far off it is, and "blend", whether a
+    weighting of I1 and I2 is better than either.
+    """
     specs = []
     for name in names or tuple(ABLATIONS):
-        where = problems or _at_hand(ABLATIONS[name].problems, data_dir)
-        specs += ablations.specs(name, where, range(1, seeds + 1))
+        if name in STUDIES:
+            folder = [] if data_dir is None else ["--data-dir", str(data_dir)]
+            importlib.import_module(STUDIES[name]).main([*folder, "--out", str(out.parent)])
+        else:
+            where = problems or _at_hand(ABLATIONS[name].problems, data_dir)
+            specs += ablations.specs(name, where, range(1, seeds + 1))
     _run(specs, data_dir, Store(out), jobs)
 
 

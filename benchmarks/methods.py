@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fishopt
+from benchmarks.caution import Cautious
 
 Config = dict[str, Any]
 
@@ -76,6 +77,11 @@ def fisher_adam_schedule_free(
     model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
 ) -> torch.optim.Optimizer:
     return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **config)
+
+
+@method("FisherAdam cautious", 2e-3, package="fishopt")
+def fisher_adam_cautious(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return Cautious(model, loss_fn, **config)
 
 
 @method("DiagonalNGD", 1e-3, package="fishopt")

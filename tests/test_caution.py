@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fishopt
-from benchmarks.caution import FORMS, Cautious, configs, show, spread, train
+from benchmarks.caution import Cautious, spread
 
 
 def test_the_variance_of_an_average_is_known_without_bias():
@@ -62,11 +62,3 @@ def test_caution_adds_the_error_and_shrinking_moves_to_the_mean():
     shrunk, plain = _trained(shrink=True)[1], _trained()[1]
     largest = [float(next(iter(o.state.values()))["preconditioner"].max()) for o in (shrunk, plain)]
     assert largest[0] < largest[1]
-
-
-def test_a_row_for_each_setting():
-    listed = list(configs(1))
-    assert {c["form"] for c in listed} == set(FORMS)
-    data = torch.randn(64, 6), torch.randint(0, 3, (64,))
-    results = [{**c, "loss": train(data, (6, 4, 3), 2, c)} for c in listed[: 3 * 3]]
-    assert show(results).row_count == 1
