@@ -73,7 +73,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         ],
     ),
     "caution": Ablation(
-        "damping that grows with the standard error of the estimate, or shrinks it to the layer's mean, against neither",
+        "damping by the standard error of the estimate, or shrinking it to the mean, against neither",
         [
             (method, {**config, **form})
             for method, config in grid(["FisherAdam cautious"], damping=(0.1, 0.3, 1.0), lr=(1e-3, 3e-3, 1e-2))
