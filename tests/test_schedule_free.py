@@ -264,6 +264,7 @@ def test_calls_put_in_what_they_are_for():
     with torch.inference_mode():
         assert torch.equal(model(X), out)
     assert _same(_values(model), x)
+    assert not any(state["y"].is_inference() for state in optimizer.state.values())  # they go into checkpoints
     optimizer.train()
     assert _same(_values(model), y)
     optimizer.eval()
