@@ -10,9 +10,11 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
 import fishopt
+from fishopt.optim.auto import START
 from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
 from fishopt.optim.replica import Replica
+from fishopt.optim.search import Memory
 
 LOSSES = {
     "squared": (nn.MSELoss(), lambda h: torch.randn_like(h)),
@@ -138,7 +140,7 @@ def test_on_a_linear_model_a_step_ends_in_the_minimum_of_line_and_plane(decay):
     x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
     directions = []
     for _ in range(3):
-        optimizer.param_groups[0]["auto"] = (1e-15,)
+        optimizer.param_groups[0]["auto"] = (1e-15, *optimizer.param_groups[0]["auto"][1:])
         before = [p.detach().clone() for p in model.parameters()]
         _backward(model, optimizer, loss_fn, x, y)
         optimizer.step()
@@ -364,7 +366,7 @@ def test_a_resumed_run_and_a_copy_go_on_bit_for_bit():
     other = _start(resumed, loss_fn)
     resumed.load_state_dict(copy.deepcopy(model.state_dict()))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert other.param_groups[0]["auto"] == optimizer.param_groups[0]["auto"] != (1.0,)
+    assert other.param_groups[0]["auto"] == optimizer.param_groups[0]["auto"] != START
     whole = _trained(model, optimizer, loss_fn, range(13, 30))
     for ends in (_trained(*copied, loss_fn, range(13, 30)), _trained(resumed, other, loss_fn, range(13, 30))):
         assert all(torch.equal(a, b) for a, b in zip(whole, ends, strict=True))
@@ -469,3 +471,41 @@ def test_what_cannot_be_searched_is_refused_by_name():
         _start(model, nn.MSELoss(), maximize=True)
     with pytest.raises(ValueError, match="lr='fast'"):
         fishopt.DiagonalNGD(model, nn.MSELoss(), lr="fast")
+
+
+def test_models_are_averaged_where_batches_differ(monkeypatch):
+    model, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(model, loss_fn)
+    used, averages = [], []
+    minimum, after = Quadratic.minimum, Memory.after
+    monkeypatch.setattr(Quadratic, "minimum", lambda self, *rest: (used.append(self), minimum(self, *rest))[1])
+    monkeypatch.setattr(Memory, "after", lambda self, *rest: (averages.append(after(self, *rest)), averages[-1])[1])
+    _trained(model, optimizer, loss_fn, [0, 1, 2, 2])
+    assert [a is b for a, (b, _) in zip(used, averages, strict=True)] == [True, True, True, False]
+    assert [memory.averaged for _, memory in averages] == [0, 1, 2, 3]
+
+
+def test_the_average_of_models():
+    """The mean at first, with ever less weight on the older ones; directions have length one."""
+    torch.manual_seed(0)
+    models = []
+    for _ in range(3):
+        root = torch.randn(2, 2, dtype=torch.float64)
+        metric = torch.eye(2, dtype=torch.float64) + 0.1 * torch.tensor([[0, 1], [1, 0]])
+        models.append(Quadratic(torch.randn(2, dtype=torch.float64), root @ root.T, metric))
+    memory = Memory()
+    for one in models:
+        found, memory = memory.after(one)
+    for mean, parts in zip(found, zip(*models, strict=True), strict=True):
+        torch.testing.assert_close(mean, torch.stack(parts).mean(0))
+    late, _ = memory._replace(averaged=1e6).after(models[0])
+    torch.testing.assert_close(late.slopes, 0.99 * found.slopes + 0.01 * models[0].slopes)
+    single = Quadratic(torch.ones(1), torch.ones(1, 1), torch.ones(1, 1))
+    assert memory.after(single) == (single, memory)
+
+
+def test_what_a_model_allows():
+    """Nothing at its minimum, damped or not, or at less; at more what it explains and its curvature's part."""
+    model = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in ([-2.0], [[4.0]], [[1.0]])))
+    assert [model.allows(torch.tensor([c], dtype=torch.float64)) for c in (0.25, 0.5, 1.0)] == [0, 0, 2]
+    assert model.allows(model.minimum(3.0)) == 0

@@ -17,11 +17,11 @@ from fishopt.optim.checks import number
 from fishopt.optim.objective import Objective
 from fishopt.optim.recorder import Record
 from fishopt.optim.replica import Replica
-from fishopt.optim.search import Found, Point, flat, search, split
+from fishopt.optim.search import Found, Memory, Point, flat, search, split
 from fishopt.optim.world import group_of
 
-START = (1.0,)
-"""What the first group keeps of a search for the next one: the damping. Plain numbers, which checkpoints have."""
+START = tuple(Memory())
+"""What the first group keeps for the next search."""
 
 
 GAP = 0.1
@@ -44,18 +44,23 @@ class AutoStep:
         self._has_warned = False
 
     def search(
-        self, buckets: Sequence[Bucket], names: Mapping[Tensor, str], objective: Objective, undo: Transaction
+        self,
+        buckets: Sequence[Bucket],
+        names: Mapping[Tensor, str],
+        kept: Sequence[Any],
+        objective: Objective,
+        undo: Transaction,
     ) -> None:
         """Moves the parameters; `take` then keeps what was found.
 
         Args:
             buckets: The parameters.
             names: Parameter -> its name.
+            kept: What `take` put into the first group.
             objective: The loss.
             undo: Takes the parameters back if something fails before it commits.
         """
-        (damping,) = buckets[0].group["auto"]
-        self._found = search(_point(buckets, names), objective, damping, undo)
+        self._found = search(_point(buckets, names), objective, Memory(*kept), undo)
         if self._found.gap > GAP and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -73,7 +78,7 @@ class AutoStep:
             bucket.advance()
             for last in bucket.kept("exp_avg"):
                 last.copy_(next(steps))
-        first["auto"] = (self._found.damping,)
+        first["auto"] = tuple(self._found.memory)
         self._found = None
 
     def objective(self, records: Sequence[Record], closure: Callable[[], Any] | None, loss: Any) -> Objective:

@@ -168,7 +168,7 @@ class DiagonalNGD(FisherOptimizer):
             transaction.on_failure(self._restorer())
             self._take(estimate, trained=True)
         if buckets := self._planned(members).buckets:
-            self._auto.search(buckets, self._name_of, objective, transaction)
+            self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
         return None
 
     def _restorer(self) -> Callable[[], None]:

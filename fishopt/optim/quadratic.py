@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ class Quadratic(NamedTuple):
         values, vectors = torch.linalg.eigh(system * scale * scale[:, None])
         inverse = torch.where(values > RANK * values[-1], values.reciprocal(), 0.0)
         return -(vectors @ (inverse * (vectors.T @ (self.slopes * scale)))) * scale
+
+    def scaled(self, by: Tensor) -> Self:
+        """The model of the directions times these numbers."""
+        return type(self)(self.slopes * by, self.curvature * by * by[:, None], self.metric * by * by[:, None])
+
+    def mixed(self, other: Self, share: float) -> Self:
+        """The weighed mean of two models, ``share`` being the other's."""
+        return type(self)(*(torch.lerp(a, b, share) for a, b in zip(self, other, strict=True)))
+
+    def allows(self, coefficients: Tensor) -> float:
+        """How much the loss may rise before it is not the model's doing: by as much again as its curvature makes it.
+
+        Nothing at the model's own minimum. At another one, such as that of an average of models, it may rise a little.
+        """
+        return max(self.change(coefficients) + float(coefficients @ self.curvature @ coefficients) / 2, 0.0)
 
     def change(self, coefficients: Tensor) -> float:
         """``m(c)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ from torch import Tensor
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic, inner
+
+AVERAGE = 0.99
+"""Decay rate of the average of models, where batches differ."""
+
+SAME = 1e-3
+"""What two losses may differ by, relative to them, and be taken for those of the same batch."""
 
 LEAST, MOST = 1e-8, 1e8
 """Limits of the damping."""
@@ -50,30 +56,66 @@ class Point(NamedTuple):
     rate: float
 
 
+class Memory(NamedTuple):
+    """What a search leaves to the next one: plain numbers, which a parameter group can hold and a checkpoint has.
+
+    Attributes:
+        damping: The Levenberg-Marquardt damping, in units of the preconditioner.
+        loss: Where it ended.
+        averaged: Models that were averaged.
+        slopes: The average of their entries, each direction of length one in the metric.
+        curvature: Those of the matrix.
+        metric: That beside its diagonal.
+    """
+
+    damping: float = 1.0
+    loss: float = 0.0
+    averaged: float = 0.0
+    slopes: tuple[float, float] = (0.0, 0.0)
+    curvature: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    metric: float = 0.0
+
+    def after(self, model: Quadratic) -> tuple[Quadratic, Self]:
+        """The average with one more model, of directions of length one, and the memory of it."""
+        if len(model.slopes) == 1:
+            return model, self
+        (a, b), (aa, ab, bb), c = self.slopes, self.curvature, self.metric
+        entries = [a, b], [[aa, ab], [ab, bb]], [[1, c], [c, 1]]
+        old = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in entries))
+        new = old.mixed(model, max(1 / (self.averaged + 1), 1 - AVERAGE))
+        (aa, ab), (_, bb) = new.curvature.tolist()
+        a, b = new.slopes.tolist()
+        c = float(new.metric[0, 1])
+        return new, self._replace(averaged=self.averaged + 1, slopes=(a, b), curvature=(aa, ab, bb), metric=c)
+
+
 class Found(NamedTuple):
     """A search's outcome.
 
     Attributes:
-        step: The step that was made, a vector; zero if none made the loss smaller.
-        damping: What the next search starts from.
+        step: The step that was made, a vector; zero if none was good enough.
+        memory: For the next search.
         gap: What part of the gradient's slope the loss does not explain, as it is evaluated.
     """
 
     step: Tensor
-    damping: float
+    memory: Memory
     gap: float
 
 
-def search(point: Point, objective: Objective, damping: float, undo: Transaction) -> Found:
+def search(point: Point, objective: Objective, memory: Memory, undo: Transaction) -> Found:
     r"""Moves the parameters to where the model of the loss is least in the span of ``-g / D`` and the last step.
 
     The model is ``L + g^T d + d^T G d / 2``, G the exact Gauss-Newton matrix of the loss on the batch, and its minimum
     taken with ``damping d^T D d / 2`` added, D being the preconditioner (Levenberg-Marquardt).
 
+    Where the loss is not the one that the last search ended at, there are other inputs in each batch. The minimum is
+    then that of an average of the models since: a batch's own one is that of its noise, too.
+
     Args:
         point: Where to start.
         objective: The loss.
-        damping: The Levenberg-Marquardt damping.
+        memory: What the last search left.
         undo: Takes the parameters back if something fails before it commits.
     """
     origin = [p.detach().clone() for p in point.params]
@@ -81,17 +123,22 @@ def search(point: Point, objective: Objective, damping: float, undo: Transaction
     theta = flat(origin).to(point.gradient)
     directions = _directions(point, theta)
     value, model, gap = _model(point, objective, directions, theta)
+    unit = model.metric.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+    average, memory = memory.after(model.scaled(unit))
+    chosen = model.scaled(unit) if math.isclose(value, memory.loss, rel_tol=SAME) else average
+    damping = memory.damping
     for _ in range(TRIALS):
-        c = model.minimum(damping) * point.rate
+        c = chosen.minimum(damping) * unit * point.rate
         step = c.to(directions) @ directions
         _put(point.params, map(torch.add, origin, split(step, point.params)))
         predicted = model.change(c)
-        risen = objective.value() - value + float((point.decay * step * (theta + step / 2)).sum())
-        if math.isfinite(risen) and risen <= 0 and predicted <= 0:
-            return Found(step, _adapted(damping, risen, predicted), gap)
+        risen = objective.value() + _penalty(point, theta + step) - value
+        if math.isfinite(risen) and risen <= model.allows(c):
+            memory = memory._replace(damping=_adapted(damping, risen, predicted), loss=value + risen)
+            return Found(step, memory, gap)
         damping = min(damping * UNDONE, MOST)
         _put(point.params, origin)
-    return Found(torch.zeros_like(theta), damping, gap)
+    return Found(torch.zeros_like(theta), memory._replace(damping=damping, loss=value), gap)
 
 
 def _directions(point: Point, theta: Tensor) -> Tensor:
@@ -110,7 +157,11 @@ def _model(point: Point, objective: Objective, directions: Tensor, theta: Tensor
     decayed = directions * point.decay
     metric = inner(directions / point.inverse, directions)
     model = Quadratic(slopes + inner(decayed, theta[None])[:, 0], curvature + inner(decayed, directions), metric)
-    return value, model, gap
+    return value + _penalty(point, theta), model, gap
+
+
+def _penalty(point: Point, theta: Tensor) -> float:
+    return float((point.decay * theta.square()).sum()) / 2
 
 
 def _adapted(damping: float, risen: float, predicted: float) -> float:
