@@ -76,7 +76,7 @@ def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: A
 def fisher_adam_schedule_free(
     model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
 ) -> torch.optim.Optimizer:
-    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **config)
+    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **{"lr": 6e-3, **config})
 
 
 @method("FisherAdam cautious", 2e-3, package="fishopt")

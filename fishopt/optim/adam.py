@@ -19,9 +19,6 @@ from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid
 from fishopt.optim.schedule_free import ScheduleFree, schedule_free_update
 from fishopt.optim.units import Params
 
-LR = {False: 2e-3, True: 6e-3}
-"""The default learning rates, without and with schedule-free averaging."""
-
 
 class FisherAdam(ScheduleFree):
     r"""Adam-like: ``m / (sqrt(F/B) + damping * rms + eps)`` with decoupled weight decay.
@@ -36,7 +33,7 @@ class FisherAdam(ScheduleFree):
             estimated from the residuals; pass a `Gaussian` to fix it.
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
-        lr: Learning rate; 2e-3 if None, or with ``schedule_free`` 6e-3, as an average stands larger steps.
+        lr: Learning rate. An average stands larger steps: with ``schedule_free`` take 6e-3.
         betas: Decay rates of the moving averages: of the gradient, per step, and of the Fisher diagonal, per refresh.
         eps: Added to the denominator.
         damping: Damping relative to the layer's own root mean Fisher diagonal.
@@ -74,7 +71,7 @@ class FisherAdam(ScheduleFree):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor | None = None,
+        lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         damping: float = 1.0,
@@ -91,7 +88,7 @@ class FisherAdam(ScheduleFree):
         generator: torch.Generator | None = None,
     ) -> None:
         defaults = {
-            "lr": LR[bool(schedule_free)] if lr is None else lr,
+            "lr": lr,
             "betas": betas,
             "eps": eps,
             "damping": damping,
