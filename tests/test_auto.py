@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
 from fishopt.optim.replica import Replica
 from fishopt.optim.search import Memory
+from tests.test_atomic import _all_of, _At
 
 LOSSES = {
     "squared": (nn.MSELoss(), lambda h: torch.randn_like(h)),
@@ -125,9 +127,10 @@ def test_the_minimum_of_a_model():
     assert Quadratic(slopes, a, m).change(expected) == pytest.approx(
         float(slopes @ expected + expected @ a @ expected / 2)
     )
-    twice = torch.tensor([[1.0, 0, 0], [2, 0, 0], [0, 0, 0]]).double()  # d, 2 d and nothing
+    twice = torch.tensor([[1 / 3, 0, 0], [0.7, 0, 0], [0, 0, 0]]).double()  # d, a multiple, and nothing
     c = Quadratic(twice @ slopes, twice @ a @ twice.T, twice @ m @ twice.T).minimum(0.3)
     assert c @ twice[:, 0] == pytest.approx(float(-slopes[0] / (a[0, 0] + 0.3 * m[0, 0])))
+    assert c.abs().max() < 100
     assert c[2] == 0
 
 
@@ -415,6 +418,37 @@ def test_a_scheduler_multiplies_the_step():
         torch.testing.assert_close(half, whole / 2)
 
 
+def test_groups_have_their_shares_of_a_step():
+    """One that is frozen by its learning rate stays, and the others' step is the one without it."""
+    steps = []
+    for is_frozen in (True, False):
+        model, loss_fn = _network(), nn.MSELoss()
+        groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+        for p in model[0].parameters():
+            p.requires_grad_(is_frozen)
+        optimizer = _start(model, loss_fn, params=groups, estimator="exact")
+        before = [p.detach().clone() for p in model.parameters()]
+        after = _trained(model, optimizer, loss_fn, range(1))
+        steps.append([b - a for a, b in zip(before, after, strict=True)])
+    assert not any(step.any() for step in steps[0][:2])
+    assert all(step.any() for step in steps[0][2:])
+
+
+def test_a_model_in_several_processes_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            _start(model, nn.MSELoss())
+        inner, loss_fn = model.module, nn.MSELoss()
+        optimizer = _start(inner, loss_fn)
+        loss_fn(model(torch.randn(3, 2)), torch.randn(3, 1)).backward()
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_closure_tells_the_loss():
     family = fishopt.Categorical()
     model = _network()
@@ -509,3 +543,32 @@ def test_what_a_model_allows():
     model = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in ([-2.0], [[4.0]], [[1.0]])))
     assert [model.allows(torch.tensor([c], dtype=torch.float64)) for c in (0.25, 0.5, 1.0)] == [0, 0, 2]
     assert model.allows(model.minimum(3.0)) == 0
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_an_interrupt_at_any_line_is_before_or_after_the_step(at):
+    """A step with a refresh, and one without."""
+    model, loss_fn = _network(), nn.MSELoss()
+    optimizer = _start(model, loss_fn)
+    _trained(model, optimizer, loss_fn, range(at))
+
+    def started():
+        copied, other = copy.deepcopy((model, optimizer))
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(at)).double()
+        _backward(copied, other, loss_fn, x, x[:, :3].sin())
+        return copied, other
+
+    untouched, whole = started(), started()
+    started()[1].step()  # some lines are for the first time alone
+    counter = _At()
+    counter.during(whole[1].step)
+    ends = [_all_of(*pair) for pair in (untouched, whole)]
+    seen = set()
+    for line in {*random.Random(at).sample(range(1, counter.count), 30), *range(counter.count - 20, counter.count)}:
+        pair = started()
+        with pytest.raises(KeyboardInterrupt):
+            _At(line).during(pair[1].step)
+        after = _all_of(*pair)
+        assert after in ends, line
+        seen.add(ends.index(after))
+    assert seen == {0, 1}
