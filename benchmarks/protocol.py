@@ -36,8 +36,14 @@ Heat = list[Spec]
 """Runs of one problem and seed, which take turns."""
 
 
-def trials(method: Method, count: int) -> list[Config]:
-    """The configurations that are tried: the same quasi-random points in the same ranges for every method."""
+def trials(method: Method, count: int, *, decays: bool = True) -> list[Config]:
+    """The configurations that are tried: the same quasi-random points in the same ranges for every method.
+
+    Args:
+        method: A method.
+        count: How many.
+        decays: Whether weights are to decay at all; not where a function is to be fitted to the last digit.
+    """
     low, high = WEIGHT_DECAY
     found: list[Config] = []
     for u in qmc.Halton(3, rng=0).random(count):
@@ -45,7 +51,7 @@ def trials(method: Method, count: int) -> list[Config]:
         if method.lr is not None:
             config["lr"] = float(f"{method.lr * 10 ** (DECADES * (u[0] - 0.5)):.3g}")
         if not method.closure:  # L-BFGS has none
-            config["weight_decay"] = float(f"{low * (high / low) ** u[1]:.3g}")
+            config["weight_decay"] = float(f"{low * (high / low) ** u[1]:.3g}") if decays else 0.0
         found.append(config)
     return found
 
@@ -113,8 +119,8 @@ def tuning(problems: Iterable[str], methods: Iterable[str], count: int) -> list[
     return [
         Spec("tune", problem, method, config, TUNING_SEED, PROBLEMS[problem].steps)
         for problem in problems
-        for method in methods
-        for config in trials(METHODS[method], count)
+        for method in _fit_for(problem, methods)
+        for config in trials(METHODS[method], count, decays=not fixed(problem))
     ]
 
 
@@ -124,7 +130,7 @@ def defaults(problems: Iterable[str], methods: Iterable[str], seeds: Iterable[in
         Spec("defaults", problem, method, {}, seed, PROBLEMS[problem].steps)
         for problem in problems
         for seed in seeds
-        for method in methods
+        for method in _fit_for(problem, methods)
     ]
 
 
@@ -141,13 +147,23 @@ def finals(runs: Iterable[Run], seeds: Iterable[int] = SEEDS) -> list[Spec]:
 def sensitivity(problems: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
     """A grid of learning rates over four decades, all else at its default."""
     return [
-        Spec("sensitivity", problem, method, {"lr": lr}, seed, PROBLEMS[problem].steps)
+        Spec("sensitivity", problem, method, {"lr": lr, **fixed(problem)}, seed, PROBLEMS[problem].steps)
         for problem in problems
         for seed in seeds
         for method in methods
         if METHODS[method].lr is not None
         for lr in rates(METHODS[method])
     ]
+
+
+def _fit_for(problem: str, methods: Iterable[str]) -> list[str]:
+    """The methods that can be used on a problem: those with line searches need the same batch in each step."""
+    return [name for name in methods if PROBLEMS[problem].batch is None or not METHODS[name].closure]
+
+
+def fixed(problem: str) -> Config:
+    """What is not a method's own affair on a problem: weights do not decay where a function is fitted to a goal."""
+    return {} if PROBLEMS[problem].goal is None else {"weight_decay": 0.0}
 
 
 def best(runs: Iterable[Run]) -> dict[tuple[str, str], Config]:

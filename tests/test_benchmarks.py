@@ -231,3 +231,10 @@ def test_a_final_without_trials_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["run", "--track", "final", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "run `tune`" in result.output
+
+
+def test_weights_do_not_decay_where_a_function_is_fitted_and_line_searches_need_full_batches():
+    specs = protocol.tuning(["fit_curve", "digits_mlp"], ["AdamW", "L-BFGS"], 4)
+    assert {s.config["weight_decay"] for s in specs if s.problem == "fit_curve" and s.method == "AdamW"} == {0.0}
+    assert len({s.config["weight_decay"] for s in specs if s.problem == "digits_mlp"}) == 4
+    assert {s.problem for s in specs if s.method == "L-BFGS"} == {"fit_curve"}
