@@ -30,6 +30,7 @@ MAIN = (
     "SGD",
     "Muon",
     "Schedule-Free AdamW",
+    "L-BFGS",
 )
 """The methods that are run unless others are named."""
 
