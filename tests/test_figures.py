@@ -106,7 +106,7 @@ def test_figure2_writes_claims_that_hold(figure2, tmp_path):
         assert holding[f"{name}: {what}"] is True
     for estimator in ("I1", "I2"):
         assert holding[f"{name}: 5000 labels of {estimator}: squared error over V / N"] is True
-    assert f"{name}: sqrt(V) vanish once training starts" in holding
+    assert f"{name}: sqrt(V) over the start's after an epoch, all layers" in holding
     means = torch.tensor(network["means"])
     assert means.shape == (3, 5, 3, 3)
     assert means.isfinite().all()
