@@ -508,6 +508,15 @@ add(
     normal(2, 4),
 )
 add(
+    "squared_token",  # what is computed from an expanded parameter is data, and the numbers of what comes later shift
+    lambda: Net(
+        lambda m, x: (m.q.expand(len(x), -1).square().sin() * x) @ m.w.t(),
+        q=parameter(4),
+        w=parameter(4, 4),
+    ),
+    normal(4),
+)
+add(
     "queries",
     lambda: Net(
         lambda m, x: m.mha(m.q.unsqueeze(0).expand(len(x), -1, -1), x, x)[0].flatten(1),

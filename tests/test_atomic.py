@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import random
@@ -18,7 +19,12 @@ from torch.overrides import _get_current_function_mode_stack
 import fishopt
 from fishopt.optim.atomic import Transaction
 
-both = pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+KINDS = {
+    "FisherAdam": fishopt.FisherAdam,
+    "schedule free": functools.partial(fishopt.FisherAdam, schedule_free=True),
+    "DiagonalNGD": fishopt.DiagonalNGD,
+}
+both = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def _start(kind, **options):

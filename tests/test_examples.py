@@ -104,7 +104,7 @@ def test_the_benchmark_of_defaults(problem):
 
 
 def test_the_benchmark_of_cost(tmp_path, capsys):
-    from benchmarks.cost import main
+    from benchmarks.cost.measure import main
 
     threads = torch.get_num_threads()
     main(["--quick", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)])

@@ -110,7 +110,13 @@ SHARED = {
 INFOS = [
     OptimizerInfo(
         fishopt.FisherAdam,
-        optim_inputs_func=_inputs(**{"no clip": {"clip": math.inf}, "betas": {"betas": (0.5, 0.5), "damping": 0.1}}),
+        optim_inputs_func=_inputs(
+            **{
+                "no clip": {"clip": math.inf},
+                "betas": {"betas": (0.5, 0.5), "damping": 0.1},
+                "schedule free": {"schedule_free": True},
+            }
+        ),
         optim_error_inputs_func=_errors(
             ({"betas": (1.0, 0.0)}, r"betas\[0\]=1\.0"),
             ({"eps": -1e-8}, "eps=-1e-08"),
@@ -422,6 +428,7 @@ class Loop:
         self.m = {p: torch.zeros(p.shape, dtype=torch.float64) for p in names}
         self.f = {p: torch.zeros_like(m) for p, m in self.m.items()}
         self.values = {p: p.detach().double() for p in names}
+        self.z, self.x = dict(self.values), dict(self.values)
 
     def step(self, decay):
         self.t += 1
@@ -434,10 +441,20 @@ class Loop:
         is_adam = isinstance(self.optimizer, fishopt.FisherAdam)
         steps = (self.adam if is_adam else self.ngd)(groups, fisher, mean)
         for (p, group), step in zip(groups, steps, strict=True):
-            value = self.values[p] * (1 - float(group["lr"]) * group["weight_decay"]) - step
+            moved = self.values[p] * float(group["lr"]) * group["weight_decay"] + step
+            value = self.between(p, group, moved) if group.get("schedule_free") else self.values[p] - moved
             self.values[p] = value.to(p.dtype).double()
 
+    def between(self, p, group, moved):
+        self.z[p] = self.z[p] - moved
+        self.x[p] = self.x[p] + (self.z[p] - self.x[p]) / self.t
+        y = self.z[p].lerp(self.x[p], group["betas"][0])
+        for kept in (self.z, self.x):  # what y loses in rounding they lose with it
+            kept[p] = kept[p] + (y.to(p.dtype).double() - y)
+        return y
+
     def average(self, p, group, beta):
+        beta = 0.0 if group.get("schedule_free") else beta
         self.m[p].lerp_(p.grad.double() * (-1 if group["maximize"] else 1), 1 - beta)
         return self.m[p] / (1 - beta**self.t)
 

@@ -13,14 +13,14 @@ from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
-from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.estimate import Moment
 from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
+from fishopt.optim.schedule_free import ScheduleFree, schedule_free_update
 from fishopt.optim.units import Params
 
 
-class FisherAdam(FisherOptimizer):
+class FisherAdam(ScheduleFree):
     r"""Adam-like: ``m / (sqrt(F/B) + damping * rms + eps)`` with decoupled weight decay.
 
     ``F/B``, the Fisher diagonal over the batch size, is the second moment of the gradient that Adam's ``v`` estimates
@@ -33,7 +33,7 @@ class FisherAdam(FisherOptimizer):
             estimated from the residuals; pass a `Gaussian` to fix it.
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
-        lr: Learning rate.
+        lr: Learning rate. An average stands larger steps: with ``schedule_free`` take 6e-3.
         betas: Decay rates of the moving averages: of the gradient, per step, and of the Fisher diagonal, per refresh.
         eps: Added to the denominator.
         damping: Damping relative to the layer's own root mean Fisher diagonal.
@@ -41,11 +41,20 @@ class FisherAdam(FisherOptimizer):
             as the Fisher diagonal of an untrained network is tiny. A safeguard, not a normaliser: of a large float32
             tensor a regular sample is measured, a 61st of it but at least 8192 entries.
         weight_decay: Decoupled weight decay, as in AdamW.
+        schedule_free: Average the iterates instead of decaying ``lr`` (Defazio et al., 2024): gradients are taken
+            between the last iterate and the average, ``betas[0]`` of the way, without other momentum. The parameters
+            hold the average while the model is called in eval mode without gradients, and from there until the next
+            training forward; see `eval` and `train` for other occasions.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
             ``"exact"``.
         refresh_every: Steps between estimates, after the first ten.
         refresh_inputs: Inputs of the batch that an estimate uses.
+        scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
+            ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
+            ``"gradient"``: each layer's mean of F/B is the moving average of its training gradients' mean square.
+            ``"auto"``: ``"dispersion"`` for ``nn.MSELoss``, else ``"likelihood"``. A `Gaussian` whose variance is to be
+            estimated has it estimated under any.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
             key such as ``"logits"``, or an attribute's name.
@@ -68,10 +77,12 @@ class FisherAdam(FisherOptimizer):
         damping: float = 1.0,
         clip: float = 1.0,
         weight_decay: float = 1e-2,
+        schedule_free: bool = False,
         estimator: str = "auto",
         criterion: str = "efficiency",
         refresh_every: int = 20,
         refresh_inputs: int = 16,
+        scale: str = "auto",
         maximize: bool = False,
         output: Callable[[Any], Any] | str | int | None = None,
         generator: torch.Generator | None = None,
@@ -83,6 +94,7 @@ class FisherAdam(FisherOptimizer):
             "damping": damping,
             "clip": clip,
             "weight_decay": weight_decay,
+            "schedule_free": schedule_free,
             "estimator": estimator,
             "maximize": maximize,
         }
@@ -96,10 +108,12 @@ class FisherAdam(FisherOptimizer):
             refresh_inputs=refresh_inputs,
             output=output,
             generator=generator,
+            scale=scale,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_flag("maximize", group["maximize"])
+        check_flag("schedule_free", group["schedule_free"])
         checks.pair("betas", group["betas"])
         for name in ("lr", "eps", "damping", "weight_decay"):
             checks.number(name, group[name])
@@ -110,18 +124,23 @@ class FisherAdam(FisherOptimizer):
 
     def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
-        factor = moment.scale**2 * moment.dispersion / moment.batch_size
+        factor = torch.full_like(fisher.layer, moment.scale**2 * moment.dispersion / moment.batch_size)
+        if fisher.energy is not None:
+            tiny = torch.finfo(factor.dtype).tiny
+            known = (fisher.energy > tiny) & (fisher.layer > tiny)
+            factor = torch.where(known, fisher.energy / fisher.layer, factor)
         least = (fisher.layer * factor).sqrt().mul_(group["damping"]).add_(group["eps"])
         # Not zero, which no gradient may be divided by, nor is its square.
         least.clamp_min_(torch.finfo(least.dtype).tiny ** 0.5)
         root = fisher.values.sqrt_()
+        denominator = torch.addcmul(least, root, (factor * fisher.correction).sqrt(), out=root)
         # Squared, as Adam keeps its second moment.
-        return torch.add(least, root, alpha=(factor * fisher.correction) ** 0.5, out=root).square_()
+        return denominator.reciprocal_() if group["schedule_free"] else denominator.square_()
 
     def _update(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
             bucket.advance()
-            adam_update(bucket)
+            (schedule_free_update if bucket.group["schedule_free"] else adam_update)(bucket)
 
 
 def adam_update(bucket: Bucket) -> None:

@@ -14,6 +14,10 @@ from fishopt.passes import Diagonal
 
 State = dict[str, Any]
 
+ENERGY_DECAY = 0.9
+"""Decay rate, per refresh, of the gradients' mean squares: one number for a tensor needs less averaging than each
+entry of its Fisher diagonal, and the gradients' size changes faster than their shape."""
+
 
 class Average(NamedTuple):
     """The averaged Fisher diagonal of one parameter, ``correction * values``, and what damping can be relative to.
@@ -26,12 +30,14 @@ class Average(NamedTuple):
         correction: What corrects them.
         layer: The corrected mean over the parameter's layer, a scalar tensor.
         model: The same over the model.
+        energy: The layer's averaged mean square of the training gradient, zero if none was seen; None if not asked for.
     """
 
     values: Tensor
     correction: float
     layer: Tensor
     model: Tensor
+    energy: Tensor | None = None
 
 
 def precision(p: Tensor) -> torch.dtype:
@@ -54,6 +60,19 @@ def follow(p: Tensor, state: State) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor):
             state[name] = value.to(p.device, precision(p))
+
+
+def measure(params: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
+    """Takes the training gradients' mean squares into the moving averages ``"energy"`` of the parameters' states."""
+    for name, p in params.items():
+        state, grad = states[name], p.grad
+        if grad is None:
+            continue
+        new = torch.linalg.vector_norm(grad, dtype=precision(p)).square_().div_(max(p.numel(), 1))
+        old = state.get("energy", torch.zeros_like(new)).to(new)
+        # A plain mean at first; from the start, also where earlier refreshes saw no gradient.
+        share = max(1 - ENERGY_DECAY, 1 / (state.get("refreshes", 0) + 1))
+        state["energy"] = torch.where(old > 0, old.lerp(new, share), new)
 
 
 def averaged(
@@ -86,9 +105,12 @@ def averaged(
     # By layer, whatever the groups: the Fisher diagonals of layers differ by orders of magnitude.
     for names in by_layer(states).values():
         layer = _mean(sums, sizes, names)
+        energies = {name: states[name]["energy"] * sizes[name] for name in names if "energy" in states[name]}
+        energy = _mean(energies, sizes, energies) if energies else None
         for name in names:
-            dtype = values[name].dtype
-            found[name] = Average(values[name], corrections[name], layer.to(dtype), model.to(dtype))
+            of = values[name]
+            graft = None if energy is None else energy.to(of)
+            found[name] = Average(of, corrections[name], layer.to(of), model.to(of), graft)
     return found
 
 

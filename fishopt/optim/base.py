@@ -18,8 +18,9 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
 from fishopt.optim.atomic import Transaction
-from fishopt.optim.averages import Average, averaged
+from fishopt.optim.averages import Average, averaged, measure
 from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
+from fishopt.optim.checkpoint import TRAINED
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
@@ -53,8 +54,10 @@ class FisherOptimizer(Resumable, ABC):
         refresh_inputs: int,
         output: Any,
         generator: torch.Generator | None,
+        scale: str = "auto",
     ) -> None:
-        family, estimates_noise = training_likelihood(likelihood)
+        family, estimates_noise = training_likelihood(likelihood, scale)
+        self._grafts = scale == "gradient"
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
@@ -76,6 +79,7 @@ class FisherOptimizer(Resumable, ABC):
         self._refresh_every = refresh_every
         self._steps = 0
         self._is_fresh = False
+        self._holds = TRAINED
         self._skipped = Skipped()
         self._plan: Plan | None = None
         self._moment = Moment(1, 1.0, 1.0)
@@ -111,13 +115,15 @@ class FisherOptimizer(Resumable, ABC):
     def _update(self, buckets: list[Bucket]) -> None:
         """Counts the step and moves the parameters; each one's state holds its ``"preconditioner"``."""
 
+    def _to_trained(self) -> None:
+        """Puts what is trained into the parameters, where a rule has something else in them at times."""
+
+    def _make_room(self) -> None:
+        """Makes all the state that there will be."""
+        make_room(self, (*self._scalars, "energy") if self._grafts else self._scalars)
+
     def _prepared(
-        self,
-        estimate: Estimate | None,
-        members: Members,
-        closure: Callable[[], Any] | None,
-        loss: Any,
-        transaction: Transaction,
+        self, estimate: Estimate | None, members: Members, closure: Any, loss: Any, transaction: Transaction
     ) -> Estimate | None:
         """What a rule computes while the step can still fail; returns the estimate that is left to be taken."""
         return estimate
@@ -139,13 +145,15 @@ class FisherOptimizer(Resumable, ABC):
         """
         checks.closure(closure)
         if not self.state and is_trial(self.param_groups):
-            make_room(self, self._scalars)
+            self._make_room()
             return None
         started = self._start_clock()
         loss = None
         if closure is not None:
+            self._to_trained()
             with torch.enable_grad():
                 loss = closure()
+        self._to_trained()
         with Transaction() as transaction, torch.no_grad():
             members = with_gradient(self.param_groups)
             if not self._can_step(members):
@@ -156,7 +164,7 @@ class FisherOptimizer(Resumable, ABC):
             transaction.commit()
             unscale_gradients(self)
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=True)
             self._is_fresh = False
             self._update(self._planned(members).buckets)
             self._steps += 1
@@ -187,6 +195,7 @@ class FisherOptimizer(Resumable, ABC):
         given = checked_inputs({**dict(enumerate(inputs)), **named})
         if any(x.is_floating_point() and not x.isfinite().all() for x in given.leaves):
             raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+        self._to_trained()
         started = self._start_clock()
         given = Arguments(inputs, named)
         recorded = self._recorder.last
@@ -198,7 +207,7 @@ class FisherOptimizer(Resumable, ABC):
             estimate = self._estimate(record, transaction)
             transaction.commit()
             if estimate is not None:
-                self._take(estimate)
+                self._take(estimate, trained=False)
             self._is_fresh = estimate is not None
             self._seconds = time.perf_counter() - started
 
@@ -289,8 +298,8 @@ class FisherOptimizer(Resumable, ABC):
         scale = handed_over(self)
         return grad if grad is None or scale is None else grad / scale.to(grad.device)
 
-    def _take(self, estimate: Estimate) -> None:
-        """Takes an estimate into the averages and preconditioners."""
+    def _take(self, estimate: Estimate, *, trained: bool) -> None:
+        """Takes an estimate into the averages and preconditioners; ``trained``: the gradients are a step's."""
         if not estimate.diagonal:
             return
         self._moment, self._plan = estimate.moment, None
@@ -298,6 +307,8 @@ class FisherOptimizer(Resumable, ABC):
         params = {name: options[name][0] for name in estimate.diagonal}
         states = {name: self.state[p] for name, p in params.items()}
         decays = {name: self._decay(options[name][1]) for name in params}
+        if self._grafts and trained:
+            measure(params, states)
         for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class Bucket:
         self.step += 1
         for state in self.states:
             state["step"] = self.step
+
+    def share(self, lr: float) -> float:
+        """Takes the step's iterate into the average, by the weight of the largest learning rate so far, squared.
+
+        Returns:
+            The share that it has in the average.
+        """
+        largest, averaged = _weights(self.states[0])
+        if lr > largest:  # weights are counted in units of the last one
+            averaged, largest = averaged * (largest / lr) ** 2, lr
+        averaged += 1
+        for state in self.states:
+            state["lr_max"], state["averaged"] = largest, averaged
+        return 1 / averaged
 
     def kept(self, name: str) -> list[Tensor]:
         """An entry of every parameter's state."""
@@ -131,7 +146,8 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
             is_rounded = p.dtype != precision(p)
             rounded += is_rounded * p.numel()
             # Contiguous ones apart, so that a few others do not decide how all are updated.
-            key = (i, p.device, p.dtype, state["step"], p.is_contiguous(), rounded // ROUNDED)
+            alike = (state["step"], *_weights(state))
+            key = (i, p.device, p.dtype, alike, p.is_contiguous(), rounded // ROUNDED)
             bucket = buckets.setdefault(key, Bucket(group, state["step"], is_rounded))
             bucket.params.append(p)
             bucket.states.append(state)
@@ -139,8 +155,14 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
     return found
 
 
+def _weights(state: State) -> tuple[float, float]:
+    return state.get("lr_max", 0.0), state.get("averaged", 0.0)
+
+
 def in_parts(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Lists of tensors in parts of about `PART` entries, all lists cut alike, large tensors into flat views.
+
+    Scalars go along with each view of the tensors that they are listed beside.
 
     A temporary of a part's size is used again for the next part, and stays in cache. A large one is new memory in each
     step, which takes the system longer to hand out than the step itself. On other devices than a CPU, whose memory is
@@ -155,7 +177,7 @@ def in_parts(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     for tensors in zip(*lists, strict=True):
         pieces: Iterable[tuple[Tensor, ...]] = [tensors]
         if tensors[0].numel() > PART and all(x.is_contiguous() for x in tensors):
-            pieces = zip(*(x.view(-1).split(PART) for x in tensors), strict=True)
+            pieces = zip(*(x.view(-1).split(PART) if x.ndim else repeat(x) for x in tensors), strict=False)
         for piece in pieces:
             if filled and filled + piece[0].numel() > PART:
                 yield part

@@ -14,6 +14,9 @@ from fishopt.estimators import ESTIMATORS
 from fishopt.optim.averages import precision
 from fishopt.optim.checks import number, whole
 
+TRAINED, AVERAGE, ASKED = "trained", "average", "average, asked for"
+"""What the parameters hold: what is trained, or its average, put in by itself or by the user."""
+
 Identity = dict[str, Any]
 """``"optimizer"``, and for each group ``"names"`` and ``"shapes"`` of its parameters."""
 
@@ -28,7 +31,7 @@ def identity(optimizer: torch.optim.Optimizer, name_of: Mapping[Tensor, str]) ->
     }
 
 
-VERSION = 2
+VERSION = 3
 """Of the layout of fishopt's part of a checkpoint; counted up with every change to it."""
 
 
@@ -40,8 +43,16 @@ def _from_1(own: dict[str, Any]) -> dict[str, Any]:
     return {**own, "skipped": [0, 0], "curvature": {**curvature, "failures": failures}}
 
 
-OLDER: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(own: dict[str, Any]) -> dict[str, Any]:
+    """Of before there were averages of parameters."""
+    return {**own, "holds": TRAINED}
+
+
+OLDER: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """Version -> what makes the next one's layout of it."""
+
+BEFORE = {"schedule_free": False}
+"""Options that say what the state means, and what it meant before there was the option."""
 
 
 def read(state_dict: dict[str, Any], here: Identity) -> dict[str, Any]:
@@ -115,6 +126,7 @@ def check_values(own: Mapping[str, Any]) -> None:
         for value in values:
             number(f"state_dict['fishopt']: {name}", value)
     check_flag("state_dict['fishopt']: is_fresh", own["is_fresh"])
+    checked_option("state_dict['fishopt']: holds", own["holds"], (TRAINED, AVERAGE, ASKED))
     for choice in curvature["choices"]:
         checked_option("state_dict['fishopt']: estimator", choice["estimator"], tuple(ESTIMATORS))
 
@@ -130,12 +142,12 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
         if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
             continue
-        if "peak" in state:
-            shapes["peak"] = ()
+        optional = dict.fromkeys(("peak", "energy", "averaged", "lr_max"), ()) | {"y": tuple(p.shape)}
+        shapes |= {name: shape for name, shape in optional.items() if name in state}
         for name, shape in shapes.items():
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
-            if name in ("step", "refreshes"):
+            if name in ("step", "refreshes", "averaged", "lr_max"):
                 number(where, value)
             elif not isinstance(value, Tensor) or value.shape != shape:
                 shown = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"={value!r}"

@@ -116,11 +116,13 @@ class Curvature:
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: self._residuals(training.at_output))
+            residuals = attempt(lambda: self._residuals(training.at_output, record.counted))
+            seen = residuals if self.estimates_noise else None
+            noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)
             members = self._members(units, wanted)
             part = attempt.with_less(lambda own: self._estimated(own, members, generator, residuals), some)
-            totals, found = self._merged(members, part, residuals, record, training, world)
+            totals, found = self._merged(members, part, noise, record, training, world)
             if found is None:
                 attempt.agree(world.first)
         finally:
@@ -142,7 +144,7 @@ class Curvature:
             self._shadow = Shadow(self._model, self._readout)
         return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
 
-    def _residuals(self, gradient: Tensor | None) -> Tensor | None:
+    def _residuals(self, gradient: Tensor | None, counted: Tensor | None = None) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
 
         Raises:
@@ -154,7 +156,7 @@ class Curvature:
         likelihood, c = self._likelihood.at(gradient.to(wide))
         if not _all_finite([c]):
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
-        observations = len(c) * likelihood.positions
+        observations = len(c) * likelihood.positions if counted is None else int(counted.sum())
         return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _select(
@@ -221,14 +223,13 @@ class Curvature:
         self,
         members: dict[str, list[str]],
         part: Part | None,
-        residuals: Tensor | None,
+        noise: tuple[float, float],
         record: Record,
         training: Training,
         world: World,
     ) -> tuple[Totals, Estimate | None]:
         """The processes' estimates as one."""
         names = [name for listed in members.values() for name in listed]
-        noise = squares(self._likelihood, residuals if self.estimates_noise else None)
         own = Totals.of(part, record.count, self._multiple(record, world), noise)
         unreached = [float(part is not None and self._ways.get(name) == NONE) for name in names]
         sums = world.sums([*own, *unreached])
@@ -239,7 +240,7 @@ class Curvature:
         share = own.observations / totals.observations
         diagonal = world.mean(part and part.diagonal, {name: parameters[name] for name in names}, share)
         if self.estimates_noise:
-            self.noise = self.noise.after(totals.squares, totals.residuals)
+            self.noise = self.noise.after(totals.squares, totals.expected)
         scale = self._likelihood.gradient_scale(totals.batch_size, round(totals.width / totals.parts))
         moment = Moment(
             batch_size=totals.batch_size,

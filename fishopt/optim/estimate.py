@@ -70,8 +70,8 @@ class Totals(NamedTuple):
         inputs: Inputs in these processes' training batches.
         everyones: Inputs in all processes' training batches.
         multiple: The training gradient as a multiple of that of the loss on all that was trained on.
-        squares: Squared residuals, in units of the variance that the likelihood assumes.
-        residuals: How many these are.
+        squares: The sum of squared residuals.
+        expected: The same by the likelihood's variance.
     """
 
     observations: float
@@ -82,7 +82,7 @@ class Totals(NamedTuple):
     everyones: float
     multiple: float
     squares: float
-    residuals: float
+    expected: float
 
     @classmethod
     def of(cls, part: Part | None, inputs: int, multiple: float, residuals: tuple[float, float]) -> Self:

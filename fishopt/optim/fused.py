@@ -119,6 +119,12 @@ class Sample:
         return [_blocks(x, s) if s > 1 else x for x, s in zip(tensors, self._strides, strict=True)]
 
 
+def sampled(x: Tensor) -> Tensor:
+    """The part of a dense tensor that a `Sample` has of it."""
+    stride = _stride(x)
+    return _blocks(x, stride) if stride > 1 else x
+
+
 def _stride(x: Tensor) -> int:
     """How many blocks of a tensor make for one in the sample; odd, to not meet the same columns of a matrix always."""
     return max((min(x.numel() // FULL, MOST) - 1) | 1, 1)

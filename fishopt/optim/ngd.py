@@ -166,7 +166,7 @@ class DiagonalNGD(FisherOptimizer):
         if estimate is not None:
             # Before the search, which needs it; the search may fail.
             transaction.on_failure(self._restorer())
-            self._take(estimate)
+            self._take(estimate, trained=True)
         if buckets := self._planned(members).buckets:
             self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
         return None

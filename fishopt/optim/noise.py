@@ -6,16 +6,22 @@ from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
+from fishopt.checks import checked_option
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
+from fishopt.optim.subbatch import SubBatch
+
+SCALES = ("auto", "likelihood", "dispersion", "gradient")
+"""Where the size of F is from, see `fishopt.FisherAdam`."""
 
 NOISE_DECAY = 0.9
 """Decay rate, per refresh, of the moving average."""
 
 
 class Noise(NamedTuple):
-    """A moving average over refreshes of the mean of ``c^T I(h)^-1 c / T``, ``c = eta - t(y)`` at the data's labels.
+    """A moving average over refreshes of ``sum |c|^2 / sum tr I(h)``, ``c = eta - t(y)`` at the data's labels.
 
-    For a Gaussian that is the variance of the residuals over the assumed one.
+    For a Gaussian that is the variance of the residuals over the assumed one. For the others it is a ratio of sums, not
+    Pearson's mean of ``c^T I(h)^-1 c``, whose tails are as heavy as ``1 / I(h)`` is where predictions are certain.
 
     Attributes:
         value: The average, not corrected for its start at zero.
@@ -25,11 +31,11 @@ class Noise(NamedTuple):
     value: float = 0.0
     weight: float = 0.0
 
-    def after(self, total: float, count: float) -> Self:
-        """The average after residuals whose squares sum to ``total``; as it is if there are none."""
-        if not count:
+    def after(self, total: float, expected: float) -> Self:
+        """The average after residuals whose squares sum to ``total``, where the model expects ``expected``."""
+        if not expected:
             return self
-        new = total / count
+        new = total / expected
         return type(self)(*(NOISE_DECAY * old + (1 - NOISE_DECAY) * x for old, x in zip(self, (new, 1.0), strict=True)))
 
     @property
@@ -47,21 +53,32 @@ class Noise(NamedTuple):
         return self.value / self.weight
 
 
-def squares(likelihood: Likelihood, residuals: Tensor | None) -> tuple[float, float]:
-    """The sum of ``c^T I(h)^-1 c`` over a batch's residuals, and how many numbers these are."""
+def squares(some: SubBatch, residuals: Tensor | None) -> tuple[float, float]:
+    """The sum of ``|c|^2`` over a batch's residuals, and what the model expects of it, the sum of ``tr I(h)``.
+
+    At the network that F is of, in eval mode; so not at the outputs that were trained on.
+    """
     if residuals is None:
         return 0.0, 0.0
-    total = (residuals.square() / likelihood.covariance_diagonal(residuals)).sum()
-    return float(total), float(residuals.numel())
+    likelihood, h = some.likelihood, residuals
+    if not isinstance(likelihood, Gaussian):  # whose I(h) is the same for any h, so that takes all residuals
+        likelihood, h = likelihood.at(some.shadow.run(some.batch().inputs), some.of(some.counted))
+        residuals = residuals[some.rows.to(residuals.device)]
+    return float(residuals.square().sum()), float(likelihood.covariance_diagonal(h).sum())
 
 
-def training_likelihood(likelihood: Likelihood | nn.Module | str) -> tuple[Likelihood, bool]:
+def training_likelihood(likelihood: Likelihood | nn.Module | str, scale: str = "auto") -> tuple[Likelihood, bool]:
     """The family in training, and whether the labels' variance is to be estimated, relative to the family's.
 
-    For squared loss it is, since the loss does not tell it: with a fixed one F would not shrink with the residuals, and
-    an Adam-like step would stall.
+    For squared loss it is unless ``scale`` says otherwise, since the loss does not tell it: with a fixed one F would
+    not shrink with the residuals, and an Adam-like step would stall.
+
+    Raises:
+        ValueError: If the scale or the likelihood is unknown.
+        TypeError: If the likelihood is of the wrong kind.
     """
+    checked_option("scale", scale, SCALES)
     family = as_likelihood(likelihood)
     if isinstance(family, Gaussian) and family.variance == "estimated":
         return family.with_variance(1.0), True
-    return family, isinstance(likelihood, nn.MSELoss)
+    return family, scale == "dispersion" or (scale == "auto" and isinstance(likelihood, nn.MSELoss))

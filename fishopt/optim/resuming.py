@@ -24,6 +24,7 @@ class Resumable(Copyable):
     _curvature: Curvature
     _steps: int
     _is_fresh: bool
+    _holds: str
     _skipped: Skipped
     _moment: Moment
     _seconds: float
@@ -46,6 +47,7 @@ class Resumable(Copyable):
             **checkpoint.identity(self, self._name_of),
             "steps": self._steps,
             "is_fresh": self._is_fresh,
+            "holds": self._holds,
             "skipped": list(self._skipped),
             "moment": list(self._moment),
             "seconds": self._seconds,
@@ -72,10 +74,10 @@ class Resumable(Copyable):
             checkpoint.check_states(self.state, self._name_of)
             for group, old in zip(self.param_groups, before["param_groups"], strict=True):
                 for name in self.defaults.keys() & old.keys():
-                    group.setdefault(name, old[name])  # a file from before there was the option lacks it
+                    group.setdefault(name, checkpoint.BEFORE.get(name, old[name]))
                 self._check_options(group)
             self._steps, self._plan = own["steps"], None
-            self._is_fresh, self._skipped = own["is_fresh"], Skipped(*own["skipped"])
+            self._is_fresh, self._holds, self._skipped = own["is_fresh"], own["holds"], Skipped(*own["skipped"])
             self._moment = Moment(*own["moment"])
             self._seconds, self._started = own["seconds"], None
             self._curvature.load_state_dict(own["curvature"])

@@ -214,12 +214,17 @@ def _steady() -> Iterator[None]:
 def _trace(shadow: Shadow, inputs: Arguments) -> tuple[Trace | None, int]:
     """From forwards with two and three inputs, whose shapes tell where in each tensor the inputs lie."""
     names = shadow.names
-    seen = [trace_forward(shadow, inputs.first(count), names) for count in (2, 3)]
-    if len(seen[0].made) != len(seen[1].made):
-        return None, 0
-    spreading = frozenset(i for i, (a, b) in enumerate(zip(*(t.made for t in seen), strict=True)) if a != b)
-    if spreading:
+    spreading: frozenset[int] = frozenset()
+    while True:
         seen = [trace_forward(shadow, inputs.first(count), names, spreading) for count in (2, 3)]
+        if len(seen[0].made) != len(seen[1].made):
+            return None, 0
+        differ = [i for i, (a, b) in enumerate(zip(*(t.made for t in seen), strict=True)) if a != b]
+        new = [i for i in differ if i not in spreading]
+        if not new:
+            break
+        # One at a time: what is computed from it is data from now on, and later numbers are others.
+        spreading |= {new[0]}
     pairs = list(zip(*(t.contacts for t in seen), strict=False))
     signatures = [contact.signature(shadow.name_of) for contact in seen[0].contacts]
     if signatures != [contact.signature(shadow.name_of) for contact in seen[1].contacts]:

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.curvature_cost import METHODS
-from benchmarks.curvature_cost import OURS as ESTIMATES
-from benchmarks.growth_cost import AUTO, DEFAULTS, ESTIMATORS, exponent
-from benchmarks.records import Measured, Row
+from benchmarks.cost.curvature import METHODS
+from benchmarks.cost.curvature import OURS as ESTIMATES
+from benchmarks.cost.growth import AUTO, DEFAULTS, ESTIMATORS, exponent
+from benchmarks.cost.records import Measured, Row
 from fishopt.plotting import COLOURS
 
 OURS, OTHERS, MEMORY = "#4c72b0", "0.62", "#dd8452"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.models import conv3_dense3, mlp
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,6 @@ class Problem:
         """The parameters of the last ``count`` linear layers."""
         paths = [path for path, module in self.model.named_modules() if isinstance(module, nn.Linear)][-count:]
         return tuple(name for name in self.names if name.rpartition(".")[0] in paths)
-
-
-def mlp(widths: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """A multilayer perceptron, from the number of features to that of outputs."""
-    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), activation())]
-    return nn.Sequential(*layers[:-1])
-
-
-def conv3_dense3(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """3c3d of DeepOBS for CIFAR-10: three convolutions, three dense layers, 895,210 parameters.
-
-    The padding before each pool is TensorFlow's "same": 28 -> 14, 12 -> 6, 6 -> 3.
-    """
-
-    def pool() -> tuple[nn.Module, ...]:
-        return activation(), nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, stride=2)
-
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 5), *pool()),
-        *(nn.Conv2d(64, 96, 3), *pool()),
-        *(nn.Conv2d(96, 128, 3, padding=1), *pool()),
-        *(nn.Flatten(), nn.Linear(1152, 512), activation(), nn.Linear(512, 256), activation(), nn.Linear(256, 10)),
-    )
 
 
 def problem(name: str, model: nn.Sequential, shape: Sequence[int], batch: int, device: torch.device) -> Problem:

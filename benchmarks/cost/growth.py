@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import fishopt
-from benchmarks.curvature_cost import GRADIENT, gradient
-from benchmarks.inside import Plan, estimation
-from benchmarks.networks import Problem, mlp, problem
-from benchmarks.records import Row, Setting
-from benchmarks.timing import Effort, interleaved
+from benchmarks.cost.curvature import GRADIENT, gradient
+from benchmarks.cost.inside import Plan, estimation
+from benchmarks.cost.networks import Problem, problem
+from benchmarks.cost.records import Row, Setting
+from benchmarks.cost.timing import Effort, interleaved
+from benchmarks.models import mlp
 
 ESTIMATORS = ("I1", "hutchinson", "exact")
 AUTO = "efficiency picks"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import fishopt
-from benchmarks.inside import estimation
-from benchmarks.networks import Problem
-from benchmarks.timing import Case
+from benchmarks.cost.inside import estimation
+from benchmarks.cost.networks import Problem
+from benchmarks.cost.timing import Case
 from fishopt.passes.backpack import sum_grad_squared
 
 GRADIENT = "gradient"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fishopt
-from benchmarks.timing import Case
+from benchmarks.cost.timing import Case
 from fishopt.batch import Batch
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.passes import Shadow

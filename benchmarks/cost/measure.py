@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.cost_plots import draw
-from benchmarks.cost_tables import tables
-from benchmarks.growth_cost import growth
-from benchmarks.pass_cost import passes
-from benchmarks.records import Section, Setting, environment, write
-from benchmarks.training_cost import step, update
+from benchmarks.cost.growth import growth
+from benchmarks.cost.passes import passes
+from benchmarks.cost.plots import draw
+from benchmarks.cost.records import Section, Setting, environment, write
+from benchmarks.cost.tables import tables
+from benchmarks.cost.training import step, update
 
 SECTIONS: dict[str, Section] = {"passes": passes, "update": update, "step": step, "growth": growth}
 
@@ -58,7 +58,3 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", nargs="+", default=everywhere, help="cpu, cuda; all that there are by default")
     parser.add_argument("--out", type=Path, help="folder; benchmarks/results by default, out/ with --quick")
     return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from benchmarks.curvature_cost import METHODS
-from benchmarks.growth_cost import AUTO, ESTIMATORS, exponent
-from benchmarks.records import Measured, Row
+from benchmarks.cost.curvature import METHODS
+from benchmarks.cost.growth import AUTO, ESTIMATORS, exponent
+from benchmarks.cost.records import Measured, Row
 
 Cell = Callable[[Row], str]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.curvature_cost import GRADIENT, methods
-from benchmarks.networks import problems
-from benchmarks.records import Row, Setting
-from benchmarks.timing import Effort, interleaved, peak_memory
+from benchmarks.cost.curvature import GRADIENT, methods
+from benchmarks.cost.networks import problems
+from benchmarks.cost.records import Row, Setting
+from benchmarks.cost.timing import Effort, interleaved, peak_memory
 
 WEIGHED = ("I1", "exact", "BackPACK SumGradSquared", "BackPACK BatchGrad", "BackPACK DiagGGNExact")
 """Those whose memory is measured too; profiling what takes hundreds of gradients' time would take minutes."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Spread, Times, ratio, seconds
+from benchmarks.cost.timing import Spread, Times, ratio, seconds
 
 
 @dataclass(frozen=True)

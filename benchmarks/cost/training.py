@@ -14,10 +14,11 @@ from rich import print as show
 from torch import nn
 
 import fishopt
-from benchmarks.inside import curvature_seconds, without_refreshes
-from benchmarks.networks import Problem, conv3_dense3, mlp, problem, square_layers
-from benchmarks.records import Row, Setting
-from benchmarks.timing import Case, Effort, free_memory, interleaved
+from benchmarks.cost.inside import curvature_seconds, without_refreshes
+from benchmarks.cost.networks import Problem, problem, square_layers
+from benchmarks.cost.records import Row, Setting
+from benchmarks.cost.timing import Case, Effort, free_memory, interleaved
+from benchmarks.models import conv3_dense3, mlp
 
 FUSED = "AdamW fused"
 OURS = {"FisherAdam": fishopt.FisherAdam, "DiagonalNGD": fishopt.DiagonalNGD}

@@ -1,0 +1,1 @@
+"""What curvature costs: ``python -m benchmarks cost``."""

@@ -1,0 +1,215 @@
+"""The methods compared: ours, torch's, and those of other packages. A new one is one function with `method`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fishopt
+from benchmarks.caution import Cautious
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer.
+
+    Attributes:
+        name: As in tables.
+        build: Makes it: network, loss, number of training examples, and its own arguments.
+        lr: Its default learning rate, the middle of the range that it is tuned in; None if it has none to tune.
+        package: Of what else than torch it is a part, if it is.
+        graph: Whether its backward must be differentiable.
+        closure: Whether it evaluates the loss itself, several times in a step.
+        is_matrix: Whether it keeps a matrix for each layer, not numbers for each weight.
+    """
+
+    name: str
+    build: Callable[..., torch.optim.Optimizer]
+    lr: float | None
+    package: str | None = None
+    graph: bool = False
+    closure: bool = False
+    is_matrix: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is fishopt's."""
+        return self.package == "fishopt"
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, lr: float | None, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a method; ``build(model, loss_fn, examples, **config)``."""
+
+    def register(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+        METHODS[name] = Method(name, build, lr, **options)
+        return build
+
+    return register
+
+
+# --- ours ---
+
+
+@method("FisherAdam", 2e-3, package="fishopt")
+def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return fishopt.FisherAdam(model, loss_fn, **config)
+
+
+@method("FisherAdam schedule-free", 6e-3, package="fishopt")
+def fisher_adam_schedule_free(
+    model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
+) -> torch.optim.Optimizer:
+    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **{"lr": 6e-3, **config})
+
+
+@method("FisherAdam cautious", 2e-3, package="fishopt")
+def fisher_adam_cautious(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return Cautious(model, loss_fn, **config)
+
+
+@method("DiagonalNGD", 1e-3, package="fishopt")
+def diagonal_ngd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return fishopt.DiagonalNGD(model, loss_fn, **config)
+
+
+@method("DiagonalNGD auto", None, package="fishopt")
+def diagonal_ngd_auto(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return fishopt.DiagonalNGD(model, loss_fn, lr="auto", **config)
+
+
+# --- torch's ---
+
+
+@method("AdamW", 1e-3)
+def adamw(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), fused=True, **config)
+
+
+@method("NAdam", 2e-3)
+def nadam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(model.parameters(), decoupled_weight_decay=True, **config)
+
+
+@method("SGD", 1e-1)
+def sgd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **{"lr": 1e-1, **config})
+
+
+@method("Muon", 1e-3, is_matrix=True)
+def muon(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    """Matrices by Muon, scaled as AdamW's updates are, all else (and a convolution's weights) by AdamW."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    return Several(
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **config),
+        torch.optim.AdamW(others, fused=True, **config),
+    )
+
+
+@method("L-BFGS", None, closure=True, is_matrix=True)
+def lbfgs(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=1, **config)
+
+
+class Several(torch.optim.Optimizer):
+    """Optimizers of different parameters as one; schedulers see all of their groups."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self._parts = parts
+
+    def step(self, closure: None = None) -> None:
+        """One step of each."""
+        for part in self._parts:
+            part.step()
+
+
+# --- other packages' ---
+
+
+@method("Schedule-Free AdamW", 2.5e-3, package="schedulefree")
+def schedule_free(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(model.parameters(), **config)
+
+
+@method("SOAP", 3e-3, package="pytorch_optimizer", is_matrix=True)
+def soap(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), **config)
+
+
+@method("Sophia-H", 6e-2, package="pytorch_optimizer", graph=True)
+def sophia(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SophiaH
+
+    return SophiaH(model.parameters(), **config)
+
+
+@method("AdaHessian", 1e-1, package="pytorch_optimizer", graph=True)
+def adahessian(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import AdaHessian
+
+    return AdaHessian(model.parameters(), **config)
+
+
+@method("IVON", 1e-1, package="ivon")
+def ivon(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    from ivon import IVON
+
+    return IVON(model.parameters(), ess=examples, **{"lr": 1e-1, **config})
+
+
+@method("SINGD", 1e-3, package="singd", is_matrix=True)
+def singd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+    """Linear layers and convolutions by SINGD, which trains no others, all else by AdamW."""
+    from singd.optim.optimizer import SINGD
+
+    kinds = nn.Linear | nn.Conv2d
+    covered = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    own = [p for p in model.parameters() if id(p) in covered]
+    others = [p for p in model.parameters() if id(p) not in covered]
+    main = SINGD(model, params=own, **config)
+    return Several(main, torch.optim.AdamW(others, fused=True, **config)) if others else main
+
+
+# --- what they need of a training loop ---
+
+
+@contextmanager
+def surroundings(method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Where a method takes its gradients: IVON at a sample of its posterior, others where they have derivatives."""
+    sample = getattr(optimizer, "sampled_params", None)
+    with nullcontext() if sample is None else sample(train=True):
+        if method.graph:  # the fused kernels of attention have no second derivatives
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
+
+
+def switch(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Puts in the weights that a method trains, or those that it evaluates, where they differ."""
+    turn = getattr(optimizer, "train" if training else "eval", None)
+    if turn is not None:
+        turn()

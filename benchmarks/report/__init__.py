@@ -1,0 +1,5 @@
+"""``python -m benchmarks report``: from finished runs to tables, pictures and one page."""
+
+from benchmarks.report.making import make
+
+__all__ = ["make"]

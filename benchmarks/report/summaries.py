@@ -1,0 +1,204 @@
+"""Tables of a study."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.methods import METHODS
+from benchmarks.problems import PROBLEMS
+from benchmarks.protocol import REFERENCE
+from benchmarks.report.statistics import FACTOR, Estimate, Profile, reach
+from benchmarks.report.study import LABELS, Study
+from benchmarks.report.tables import Strong, Table, counted, number, percent, spread
+from benchmarks.report.targets import width_ratio
+
+MEASURES = {"seconds": "time", "steps": "steps", "gradients": "gradient evaluations"}
+
+
+def speedups(study: Study, track: str, measure: str) -> Table:
+    """How many times less each method needs to the target than AdamW."""
+    methods = [name for name in study.methods(track) if name != REFERENCE]
+    problems = [name for name in study.problems(track) if study.get(track, name, REFERENCE)]
+    rows = [[p, *(_speedup(study, track, p, m, measure) for m in methods)] for p in problems]
+    note = (
+        f"{REFERENCE}'s {MEASURES[measure]} to the target over the method's, median over {seeds(study, track)}; more "
+        f"than 1 is faster. A miss is given with the seeds that hit. Where {REFERENCE} misses, its whole budget "
+        "counts. Strong: 1.5 or more."
+    )
+    return Table(f"{MEASURES[measure].capitalize()} to target, {LABELS[track]}", ["problem", *methods], rows, note)
+
+
+def _speedup(study: Study, track: str, problem: str, method: str, measure: str) -> str:
+    runs, target = study.get(track, problem, method), study.targets[problem]
+    if not runs or target is None:
+        return "-"
+    found = study.speedup(track, problem, method, measure)
+    if found is None or found.value == 0:
+        return _hits(study, track, problem, method)
+    return Strong(spread(found)) if found.value >= 1.5 else spread(found)
+
+
+def _hits(study: Study, track: str, problem: str, method: str) -> str:
+    runs, target = study.get(track, problem, method), study.targets[problem]
+    assert target is not None
+    hits = sum(not reach(run, target).is_miss for run in runs)
+    return f"miss ({hits} of {len(runs)})"
+
+
+def metrics(study: Study, track: str) -> Table:
+    """The final test metric."""
+    methods = study.methods(track)
+    rows = []
+    for problem in study.problems(track):
+        found = {m: study.test(track, problem, m) for m in methods}
+        best = _best({m: e for m, e in found.items() if e is not None and not METHODS[m].is_matrix})
+        show = shown(problem)
+        rows.append([problem, *(Strong(show(found[m])) if m == best else show(found[m]) for m in methods)])
+    note = f"Error rate in percent, or loss; median over {seeds(study, track)}. Strong: the best without matrices."
+    return Table(f"Final test metric, {LABELS[track]}", ["problem", *methods], rows, note)
+
+
+def _best(found: dict[str, Estimate]) -> str | None:
+    return min(found, key=lambda m: found[m].value) if found else None
+
+
+def shown(problem: str) -> Callable[[Estimate | None], str]:
+    """How a problem's metric is written."""
+    return percent if PROBLEMS[problem].is_classification else partial(spread, digits=4)
+
+
+def profile(study: Study, track: str) -> Table:
+    """Scores of the performance profiles."""
+    (by_time, left_out), (by_steps, _) = study.profile(track, "seconds"), study.profile(track, "steps")
+    columns = ["method", "score, time", "place", "score, steps", "best on", "within 2x", "misses"]
+    rows = []
+    if by_time is not None and by_steps is not None:
+        order = sorted(by_time.areas, key=lambda m: by_time.ranks[m].value)
+        rows = [_profile_row(m, by_time, by_steps) for m in order]
+    note = (
+        f"Of time to target. The score is the area under the profile up to {FACTOR:g} times the best, 1 for a method "
+        f"that is best everywhere; {seeds(study, track)}."
+    )
+    if left_out and rows:
+        note += f" Not run on every problem, so not here: {', '.join(left_out)}."
+    return Table(f"Performance profile, {LABELS[track]}", columns, rows, note)
+
+
+def _profile_row(method: str, by_time: Profile, by_steps: Profile) -> list[str]:
+    ratios = np.array(by_time.ratios[method])
+    misses = f"{np.isinf(ratios).sum()} of {len(ratios)}"
+    parts = [f"{100 * by_time.within(method, factor):.0f}%" for factor in (1, 2)]
+    scores = spread(by_time.areas[method]), spread(by_time.ranks[method]), spread(by_steps.areas[method])
+    return [method, *scores, *parts, misses]
+
+
+def widths(study: Study) -> Table:
+    """How robust each method is to its learning rate."""
+    methods = study.methods("sensitivity")
+    ours = study.ours("sensitivity")
+    columns = ["problem", *methods, *(f"{name} / {REFERENCE}" for name in ours)]
+    rows = []
+    for problem in study.problems("sensitivity"):
+        cells = [_width(study, problem, method) for method in methods]
+        rows.append([problem, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
+    note = (
+        "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its "
+        "accuracy, or 1.01 times its loss; linear in the logarithm of the rate between two of the nine. +: up to an "
+        "end of the grid, and maybe beyond. "
+        f"Of medians over {rate_seeds(study)}."
+    )
+    return Table("Width of the range of good learning rates", columns, rows, note)
+
+
+def rate_seeds(study: Study) -> str:
+    """How many seeds each learning rate has."""
+    keys = [key[1:] for key in study.runs if key[0] == "sensitivity"]
+    return counted(len(values) for key in keys for values in study.rates(*key).values())
+
+
+def _width(study: Study, problem: str, method: str) -> str:
+    found = study.good_rates(problem, method)
+    return spread(study.width(problem, method)) + ("+" if found is not None and found.is_open else "")
+
+
+def of_problem(study: Study, track: str, problem: str) -> Table:
+    """All about one problem."""
+    rows = [_method_row(study, track, problem, method) for method in study.methods(track, problem)]
+    target = study.targets[problem]
+    to = "no target yet" if target is None else f"target {number(target)}"
+    columns = [
+        "method", "hits", "steps", "gradients", "seconds", f"time, {REFERENCE}'s over its", "test metric", "test loss",
+        "curvature", "configuration",
+    ]  # fmt: skip
+    about = PROBLEMS[problem].about.rstrip(".")
+    note = (
+        f"{about}. Steps, gradients, seconds: to {to}, on validation. {_several(study, track, problem).capitalize()}."
+    )
+    return Table(f"{problem}, {LABELS[track]}", columns, rows, note)
+
+
+def _method_row(study: Study, track: str, problem: str, method: str) -> list[str]:
+    runs, target = study.get(track, problem, method), study.targets[problem]
+    hits, needs = "-", ["-"] * 3
+    if target is not None:
+        found = [study.need(track, problem, method, measure) for measure in ("steps", "gradients", "seconds")]
+        hits = f"{sum(not reach(run, target).is_miss for run in runs)} of {len(runs)}"
+        needs = ["miss" if e is not None and np.isinf(e.value) else spread(e) for e in found]
+    ratio = "1" if method == REFERENCE else _speedup(study, track, problem, method, "seconds")
+    loss = Estimate.median([float("inf") if run.diverged else run.final["test_loss"] for run in runs], problem)
+    share = f"{100 * np.median([run.curvature_share for run in runs]):.0f}%" if METHODS[method].is_ours else "-"
+    test = shown(problem)(study.test(track, problem, method))
+    return [method, hits, *needs, ratio, test, spread(loss, 4), share, configuration(runs[0].spec.config)]
+
+
+def configuration(config: dict[str, Any]) -> str:
+    """Arguments, as text."""
+    values = ((k, f"{v:g}" if isinstance(v, float) else v) for k, v in config.items())
+    return ", ".join(f"{key}={value}" for key, value in values) or "defaults"
+
+
+def seeds(study: Study, track: str) -> str:
+    """How many seeds there are."""
+    return counted(len(runs) for (found, _, _), runs in study.runs.items() if found == track)
+
+
+def all_seeds(study: Study) -> str:
+    """The same of all tracks, in a sentence."""
+    return (
+        f"Tuned: {seeds(study, 'final')}; at defaults: {seeds(study, 'defaults')}; learning rates: {rate_seeds(study)}."
+    )
+
+
+def _several(study: Study, track: str, problem: str) -> str:
+    return counted(len(study.get(track, problem, m)) for m in study.methods(track, problem))
+
+
+def environments(study: Study) -> Table:
+    """What the runs ran on."""
+    names = ("torch", "python", "fishopt", "threads", "machine")
+    found = Counter(tuple(str(run.environment.get(name, "-")) for name in names) for run in _all(study))
+    rows = [[*values, str(count)] for values, count in found.most_common()]
+    return Table("Environment", [*names, "runs"], rows, "Threads: of each run.")
+
+
+def counts(study: Study) -> Table:
+    """How many runs of what."""
+    rows = []
+    for track in dict.fromkeys(track for track, _, _ in study.runs):
+        runs = [run for (found, _, _), some in study.runs.items() if found == track for run in some]
+        diverged = sum(run.diverged for run in runs)
+        distinct = counted([len({run.spec.seed for run in runs})])
+        numbers = len(study.problems(track)), len(study.methods(track)), len(runs), diverged
+        rows.append([track, distinct, *map(str, numbers)])
+    note = f"{study.left_out} runs are left out: not of today's problems, methods, budgets or tuned configurations."
+    columns = ["track", "seeds", "problems", "methods", "runs", "diverged"]
+    return Table("Runs", columns, rows, note if study.left_out else "")
+
+
+def _all(study: Study) -> Iterable[Any]:
+    return (run for runs in study.runs.values() for run in runs)

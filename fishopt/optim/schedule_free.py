@@ -1,0 +1,226 @@
+"""Schedule-free averaging (Defazio et al., 2024): three sequences of parameters in the memory of two.
+
+z goes fast, x is its average, and gradients are taken at y in between:
+
+    y = (1 - beta) z + beta x
+    z <- z - D,  D = lr (direction + weight_decay y)
+    x <- (1 - c) x + c z,  c = w / (sum of all w so far),  w = (the largest lr so far)^2
+
+The parameters hold y, and the state holds the offset e = z - x, in terms of which this is
+
+    e <- e - D;  y <- y + beta c e - (1 - beta) D;  e <- (1 - c) e
+
+and x = y - (1 - beta) e: no division by beta, and what the user does to the parameters, such as clamping or loading
+others, moves all three. Between z and x it is momentum that goes on ever longer, so there is no other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
+
+from fishopt.batch import apart
+from fishopt.optim.atomic import Transaction
+from fishopt.optim.averages import follow
+from fishopt.optim.base import FisherOptimizer
+from fishopt.optim.buckets import Bucket, in_parts
+from fishopt.optim.checkpoint import ASKED, AVERAGE, TRAINED
+from fishopt.optim.fused import laid_out_as, sampled
+
+State = dict[str, Any]
+
+
+def schedule_free_update(bucket: Bucket) -> None:
+    """One step in place, of y and e; ``"preconditioner"`` is what the gradient is multiplied by."""
+    group = bucket.group
+    lr, beta, weight_decay = float(group["lr"]), group["betas"][0], group["weight_decay"]
+    params, offsets, factors = bucket.widened(bucket.params), bucket.kept("exp_avg"), bucket.kept("preconditioner")
+    grads = laid_out_as(factors, bucket.widened(bucket.grads()))
+    rates = list((limits(grads, factors, group["clip"]) * lr).unbind())
+    share = bucket.share(lr)
+    for ys, gs, es, fs, scales in in_parts(params, grads, offsets, factors, rates):
+        moves = list(torch._foreach_mul(gs, fs))
+        torch._foreach_mul_(moves, scales)
+        if weight_decay:
+            torch._foreach_add_(moves, ys, alpha=lr * weight_decay)
+        torch._foreach_sub_(es, moves)
+        torch._foreach_add_(ys, es, alpha=beta * share)
+        torch._foreach_sub_(ys, moves, alpha=1 - beta)
+        torch._foreach_mul_(es, 1 - share)
+    bucket.narrow(bucket.params, params)
+
+
+def limits(grads: list[Tensor], factors: list[Tensor], clip: float) -> Tensor:
+    """What keeps the RMS of each ``grad * factor`` at ``clip`` at most, measured as `fused.Sample` does."""
+    terms = torch._foreach_mul(list(map(sampled, grads)), list(map(sampled, factors)))
+    norms = torch.stack(torch._foreach_norm(terms))
+    sizes = torch.tensor([float(max(x.numel(), 1)) for x in terms], dtype=norms.dtype, device=norms.device)
+    return (sizes.sqrt_().mul_(clip) / norms).clamp_max_(1.0)
+
+
+class ScheduleFree(FisherOptimizer):
+    """An optimizer whose groups may have the option ``"schedule_free"``.
+
+    Their parameters hold y in training. While the model is evaluated, which a hook on it sees, they hold the average x,
+    and y is kept in the state beside it: evaluation leaves training as it is, bit for bit.
+    """
+
+    _wrapped: nn.Module
+    _switch: Switch | None
+    _switch_handles: list[RemovableHandle]
+
+    def eval(self) -> None:
+        """Puts the averages into the parameters of groups with ``schedule_free``.
+
+        Needed only where the model is evaluated or saved other than after a call in eval mode and without gradients,
+        with which this happens by itself. `train`, `step` and a call in training mode end it.
+        """
+        if self._holds == TRAINED:
+            self._put_averages_in(ASKED)
+        self._holds = ASKED
+
+    def train(self) -> None:
+        """Puts back what is trained; a training forward and `step` do this by themselves."""
+        if self._holds != TRAINED:
+            self._put_trained_back()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `FisherOptimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_wrapped"):
+            self._watch()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Resumable.load_state_dict`; the model's parameters have to be of the same moment."""
+        super().load_state_dict(state_dict)
+        self._watch()
+
+    def follow_call(self) -> None:
+        """Before each call of the model: puts in what it is called for.
+
+        Calls in eval mode without gradients evaluate, those in training mode with gradients train. What is neither is
+        training, as with layers that are frozen in eval mode, unless `eval` was called: then it goes on evaluating, as
+        where BatchNorm's statistics are taken anew.
+        """
+        trains, grad = self._model.training, torch.is_grad_enabled()
+        if self._holds == TRAINED:
+            if not trains and not grad:
+                self._put_averages_in(AVERAGE)
+        elif (trains and grad) or (self._holds == AVERAGE and (trains or grad)):
+            self.train()
+
+    def _to_trained(self) -> None:
+        self.train()
+
+    def _make_room(self) -> None:
+        super()._make_room()
+        for group in self.param_groups:
+            for p in group["params"] if group["schedule_free"] else ():
+                if p in self.state:
+                    self.state[p].update(lr_max=0.0, averaged=0.0)
+
+    def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
+        super()._hook_on(model, loss)
+        self._wrapped, self._switch, self._switch_handles = model, None, []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Puts the switch on the model, once there is need of one."""
+        if self._switch is not None or not any(group["schedule_free"] for group in self.param_groups):
+            return
+        self._switch = Switch(self)
+        self._switch_handles.append(self._wrapped.register_forward_pre_hook(self._switch))
+        if self._model is not self._wrapped:  # it may be called without its wrapper
+            self._switch_handles.append(self._model.register_forward_pre_hook(self._switch.within))
+        self._let_go_with_self()
+
+    def _let_go_with_self(self) -> None:
+        for handle in self._switch_handles:
+            weakref.finalize(self, handle.remove)
+
+    # --- what the parameters hold ---
+
+    def _moved(self) -> Iterator[tuple[Tensor, State, float]]:
+        """The parameters whose average is another, their state, and what y is off it by, in offsets."""
+        for group in self.param_groups:
+            for p in group["params"] if group["schedule_free"] else ():
+                if p in self.state and self.state[p].get("step"):
+                    follow(p, self.state[p])
+                    yield p, self.state[p], 1 - group["betas"][0]
+
+    def _put_averages_in(self, holds: str) -> None:
+        with Transaction() as transaction, apart(), torch.no_grad():
+            moved = [(p, state, p.clone(), off) for p, state, off in self._moved()]
+            transaction.commit()
+            for p, state, y, off in moved:
+                state["y"] = y
+                p.sub_(state["exp_avg"], alpha=off)  # needs no memory, which there may not be
+            self._holds = holds
+
+    def _put_trained_back(self) -> None:
+        with Transaction() as transaction, apart(), torch.no_grad():
+            moved = [(p, state, _trained(p, state, off)) for p, state, off in self._moved()]
+            transaction.commit()
+            for p, state, y in moved:
+                state.pop("y", None)
+                p.copy_(y)
+            self._holds = TRAINED
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: vars(self)[name] for name in ("_wrapped", "_switch", "_switch_handles")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_wrapped" in state:  # not so from torch's `load_state_dict`
+            if self._switch is not None:
+                self._switch.bind(self)
+            self._let_go_with_self()
+
+
+def _trained(p: Tensor, state: State, off: float) -> Tensor:
+    """What was trained before the average was put in, to the bit; in entries that were changed since, moved along."""
+    moved = torch.add(p, state["exp_avg"], alpha=off)
+    if "y" not in state:  # a checkpoint that was put together from parts
+        return moved
+    y = state["y"].to(p)
+    average = torch.sub(y, state["exp_avg"], alpha=off).to(p.dtype)
+    return torch.where((p == y) | (p == average), y, moved.to(p))
+
+
+class Switch:
+    """A forward pre-hook that tells an optimizer of each call; copied or pickled along with the model it tells nobody.
+
+    Args:
+        optimizer: Whom it tells.
+    """
+
+    def __init__(self, optimizer: ScheduleFree | None = None) -> None:
+        self._optimizer: weakref.ref[ScheduleFree] | None = None
+        if optimizer is not None:
+            self.bind(optimizer)
+
+    def bind(self, optimizer: ScheduleFree) -> None:
+        """Has it tell this one."""
+        self._optimizer = weakref.ref(optimizer)
+
+    @_disable_dynamo
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Tells of a call."""
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is not None:
+            optimizer.follow_call()
+
+    def within(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The same from inside a wrapper: when that is compiled, it has told already."""
+        if not torch.compiler.is_compiling():
+            self(module, args)
+
+    def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
+        return Switch, ()
