@@ -131,9 +131,10 @@ def test_the_minimum_of_a_model():
     for factor in torch.linspace(0.1, 3, 20, dtype=torch.float64):  # d, a multiple, and nothing
         d = torch.tensor([0.7, 0.2, -1.1], dtype=torch.float64)
         rows = torch.stack([d, factor * d, 0 * d])
-        c = Quadratic(rows @ slopes, rows @ a @ rows.T, rows @ m @ rows.T).minimum(0.3)
+        rounded = rows @ slopes + 1e-8 * torch.tensor([1, -1, 0], dtype=torch.float64)
+        c = Quadratic(rounded, rows @ a @ rows.T, rows @ m @ rows.T).minimum(0.3)
         length = -slopes @ d / (d @ (a + 0.3 * m) @ d)
-        torch.testing.assert_close(c @ rows, length * d)
+        torch.testing.assert_close(c @ rows, length * d, rtol=1e-6, atol=1e-6)
         assert c.abs().max() < 20 * length.abs()
         assert c[2] == 0
 

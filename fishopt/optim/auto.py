@@ -23,7 +23,6 @@ from fishopt.optim.world import group_of
 START = tuple(Memory())
 """What the first group keeps for the next search."""
 
-
 GAP = 0.1
 """The part of the gradient's slope that may have another source than the loss before there is a warning."""
 

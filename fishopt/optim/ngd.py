@@ -41,13 +41,17 @@ class DiagonalNGD(FisherOptimizer):
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
         lr: Learning rate. With ``"auto"`` there is none to tune: each step minimises a quadratic model of the loss over
-            its size and the momentum, and is undone where the loss rises (see `fishopt.optim.auto`). A group's ``"lr"``
-            is then a factor of the step, 1 unless a scheduler changes it. For full and large batches.
+            its size and the momentum, on the inputs trained on, and is undone where the loss rises. Where batches
+            differ, the models are averaged. Call the loss module that you passed, or pass a closure to ``step``. A
+            group's ``"lr"`` is then a factor of the step, 1 unless a scheduler changes it; ``momentum`` and
+            ``kl_radius`` play no part.
         momentum: Decay rate, per step, of the moving average of the gradient.
         decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
-        damping: Damping relative to the peak of the model's mean Fisher diagonal.
+        damping: Damping relative to the peak of the model's mean Fisher diagonal; with ``lr="auto"`` to its present
+            mean, as steps cannot grow without bound then.
         kl_radius: The largest predicted KL divergence of a step (nats per input).
-        weight_decay: Decoupled weight decay, as in AdamW.
+        weight_decay: Decoupled weight decay, as in AdamW; with ``lr="auto"`` the loss gets ``weight_decay / 2`` times the
+            squares of the parameters.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
             ``"exact"``.
