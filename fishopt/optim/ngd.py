@@ -50,8 +50,8 @@ class DiagonalNGD(FisherOptimizer):
         damping: Damping relative to the peak of the model's mean Fisher diagonal; with ``lr="auto"`` to its present
             mean, as steps cannot grow without bound then.
         kl_radius: The largest predicted KL divergence of a step (nats per input).
-        weight_decay: Decoupled weight decay, as in AdamW; with ``lr="auto"`` the loss gets ``weight_decay / 2`` times the
-            squares of the parameters.
+        weight_decay: Decoupled weight decay, as in AdamW; with ``lr="auto"`` a penalty in the loss,
+            ``weight_decay / 2`` times the squares of the parameters.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
             ``"exact"``.
