@@ -747,3 +747,18 @@ add(
     {"a": "pooled", "b": "rule"},
 )
 add("written_in", lambda: Net(lambda m, x: m.a(x.view(4, 4)), a=nn.Linear(4, 3)), normal(4), "pooled")
+
+
+class SlopeNet(nn.Module):
+    """What differentiates itself by its inputs, as physics-informed networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.b(torch.tanh(self.a(x))).sum(), x, create_graph=True)[0]
+
+
+add("slopes", SlopeNet, normal(3), {"a.weight": "rows", "a.bias": "rule", "b": "rows"})

@@ -114,7 +114,8 @@ class Shadow:
             inputs: The network's arguments.
             mode: What watches the forward.
         """
-        return under(mode or Substituting(), lambda: self.read(inputs.call(self.module)))
+        with torch.enable_grad():  # a network may differentiate itself, as physics-informed ones do
+            return under(mode or Substituting(), lambda: self.read(inputs.call(self.module)))
 
     def read(self, output: Any) -> Any:
         """The natural parameters in what the network returned."""
