@@ -33,11 +33,13 @@ def squared_norm_per_input(through: Pass, h: Tensor) -> Diagonal:
 
 
 def _v1(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
-    """Eq. 5: ``d_i h`` four times into M = K - I (x) I."""
+    return _score_variance(through, likelihood, h, _fisher_squared(through, likelihood.factor(h)))
+
+
+def _score_variance(through: Pass, likelihood: Likelihood, h: Tensor, squares: Diagonal) -> Diagonal:
+    """Eq. 5: ``d_i h`` four times into M = K - I (x) I; ``squares`` are those of I."""
     quartic = likelihood.quartic(h)
-    total: Diagonal = {}
-    if quartic.multiple:
-        add(total, through.fourth_vjp(likelihood.factor(h)[None], torch.full_like(h.mT[:1], quartic.multiple)))
+    total = {name: quartic.multiple * value for name, value in squares.items()}
     if quartic.within:  # the columns of the factor come position by position
         blocks = likelihood.factor(h).unflatten(0, (likelihood.positions, -1))
         add(total, through.fourth_vjp(blocks, h.new_full((likelihood.positions, len(h)), quartic.within)))
@@ -54,11 +56,31 @@ def _v2(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None)
 
 
 def _hutchinson(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
-    """``2 (|u|^4 - sum_a u_a^4)``, ``u = S^T d_i h``: the variance of (u^T eps)^2 over random signs."""
     columns = likelihood.factor(h)
-    ones = torch.ones_like(columns[..., 0])
-    fisher, fourth = through.fourth_vjp(columns[None], ones[:1]), through.fourth_vjp(columns[:, None], ones)
-    return {name: 2 * (value - fourth[name]).clamp_min(0) for name, value in fisher.items()}
+    return _sign_variance(through, columns, _fisher_squared(through, columns))
+
+
+def _sign_variance(through: Pass, columns: Tensor, squares: Diagonal) -> Diagonal:
+    """``2 (|u|^4 - sum_a u_a^4)``, ``u = S^T d_i h``: the variance of (u^T eps)^2 over random signs."""
+    fourth = through.fourth_vjp(columns[:, None], torch.ones_like(columns[..., 0]))
+    return {name: 2 * (value - fourth[name]).clamp_min(0) for name, value in squares.items()}
+
+
+def _fisher_squared(through: Pass, columns: Tensor) -> Diagonal:
+    """``I(theta_i | x)^2``, from the columns of the factor."""
+    return through.fourth_vjp(columns[None], torch.ones_like(columns[:1, :, 0]))
+
+
+def first_order_sums(through: Pass, likelihood: Likelihood, h: Tensor) -> dict[str, Diagonal]:
+    """Of I (``"fisher"``), its square (``"squares"``), and the label variances of I1 and hutchinson."""
+    columns = likelihood.factor(h)
+    squares = _fisher_squared(through, columns)
+    return {
+        "fisher": through.squared_vjp(columns),
+        "squares": squares,
+        "I1": _score_variance(through, likelihood, h, squares),
+        "hutchinson": _sign_variance(through, columns, squares),
+    }
 
 
 _LABEL_VARIANCE: dict[str, Callable[[Pass, Likelihood, Tensor, Sketch | None], Diagonal]] = {

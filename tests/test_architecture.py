@@ -18,6 +18,7 @@ ORDER = [
     "variance",
     "traces",
     "empirical",
+    "judging",
     "selection",
     "plotting",
     "report",

@@ -183,7 +183,7 @@ def test_errors_are_measured_and_drawn(tmp_path, capsys):
         for layer in layers.values():
             assert all(rule["ratio_to_best"] >= 1 - 1e-9 for rule in layer["rules"].values())
             assert sum(layer["rules"]["auto"]["picks"].values()) == pytest.approx(1)
-    assert "by variances" in capsys.readouterr().out
+    assert "by bounds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU])
@@ -214,12 +214,13 @@ def test_errors_are_as_variances_say():
                 assert abs(error - values["error_x_compute"] / (size * values["passes"])) < 5 * spread
 
 
-def test_a_rule_by_variances_takes_the_least():
+def test_rules_by_variances_and_by_bounds():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3))
     costs = {name: errors.passes(model, name, 2, 3) for name in errors.ESTIMATORS}
     assert costs == {"I1": [1, 1], "I2": [7, 1], "exact": [3, 1], "hutchinson": [1, 1], "empirical": [1, 1]}
-    # Inputs that are all alike vary in nothing, so the exact value cannot be beaten.
-    assert errors.by_variances(model, torch.ones(4, 5), costs) == ["exact", "exact"]
-    dear = {**costs, "exact": [10**9, 10**9]}
-    assert "exact" not in errors.by_variances(model, torch.randn(8, 5), dear)
+    # Inputs that are all alike vary in nothing, so the exact value cannot be beaten; bounds do not see it.
+    assert errors.by_variances(model, torch.ones(4, 5), costs) == ["exact", "I2"]
+    assert errors.by_bounds(model, torch.ones(4, 5), costs) == ["hutchinson", "exact"]
+    free = {**costs, "exact": [0, 0]}
+    assert errors.by_bounds(model, torch.randn(8, 5), free) == ["exact", "exact"]

@@ -300,6 +300,23 @@ def test_bounds_and_scores_are_averages_over_observations():
     assert_close(fishopt.variance_bound(*arguments, estimator="I2", tight=True), problem.mean(curved))
 
 
+@pytest.mark.parametrize("name", ["tokens", "pixels"])
+def test_efficiency_weighs_the_variance_of_sums_over_positions(name):
+    problem = Problem(name, False)
+    candidates = ("I1", "hutchinson", "exact")
+    fisher, n = problem.fisher(), len(problem.d.h)
+    for choice in fishopt.select_estimators(
+        problem.model, problem.inputs, problem.likelihood, criterion="efficiency", candidates=candidates
+    ):
+        mine = [n for n, _ in problem.model.named_parameters() if n.startswith(choice.group)]
+        mine = problem.d.columns(tuple(mine))
+        for estimator in candidates:
+            label = 0 * fisher if estimator == "exact" else problem.variance(estimator)
+            value = (n * fisher.var(0) + label.sum(0))[mine].mean() / problem.observations
+            passes = problem.d.h.shape[1] if estimator == "exact" else 1
+            assert math.isclose(choice.scores[estimator], value * passes, rel_tol=1e-7)
+
+
 def test_joint_variance_and_bounds_on_its_parts():
     problem = Problem("tokens", False)
     arguments = problem.model, problem.inputs, problem.likelihood

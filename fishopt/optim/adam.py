@@ -46,8 +46,8 @@ class FisherAdam(ScheduleFree):
             hold the average while the model is called in eval mode without gradients, and from there until the next
             training forward; see `eval` and `train` for other occasions.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
-        criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
-            ``"exact"``.
+        criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost, of I1, I2,
+            hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: Steps between estimates, after the first ten.
         refresh_inputs: Inputs of the batch that an estimate uses.
         scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.

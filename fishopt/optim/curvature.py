@@ -37,8 +37,8 @@ SELECTION_ELEMENTS = 2**24
 FIRST_INTERVAL = 32
 """Steps from the first selection to the second; the interval doubles each time, as training slows down."""
 
-CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson")}
-"""What "auto" chooses from. Hutchinson's signs cost what I1 does, so they enter where cost is weighed."""
+CANDIDATES = {"bound": PAPER, "exact": PAPER, "efficiency": (*PAPER, "hutchinson", "exact")}
+"""What "auto" chooses from. All that has no bias where cost is weighed; of variance alone the exact value has none."""
 
 
 NO_MEMORY = "no choice: there was not the memory to compute variances"

@@ -53,8 +53,8 @@ class DiagonalNGD(FisherOptimizer):
         weight_decay: Decoupled weight decay, as in AdamW; with ``lr="auto"`` a penalty in the loss,
             ``weight_decay / 2`` times the squares of the parameters.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
-        criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost), ``"bound"`` or
-            ``"exact"``.
+        criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost, of I1, I2,
+            hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: Steps between estimates, after the first ten.
         refresh_inputs: Inputs of the batch that an estimate uses.
         maximize: Ascend instead.
