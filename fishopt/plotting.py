@@ -29,11 +29,11 @@ def plot_choices(history: list[dict[str, Any]], path: Path) -> Path:
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_visible(False)
     shown = sorted({name for entry in history for choice in entry["choices"] for name in choice["bounds"]})
-    handles = [Line2D([], [], color=COLOURS[name], label=f"{name}: bound") for name in shown]
+    handles = [Line2D([], [], color=COLOURS[name], label=name) for name in shown]
     handles.append(Line2D([], [], color="0.3", marker="o", linestyle="", label="chosen"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.supxlabel("step of selection (symmetric log scale)")
-    figure.supylabel("mean bound on the label variance")
+    figure.supylabel("mean label variance, or the bound on it")
     figure.savefig(path, dpi=150)
     return path
 

@@ -32,7 +32,7 @@ class Row:
         group: Its name.
         parameters: How many numbers it holds.
         estimator: The estimator in use.
-        bounds: Candidate -> mean bound on its label variance, where it was computed.
+        bounds: Candidate -> mean bound on its label variance, or that variance, as in `Choice`.
         reason: Why this estimator.
         refreshes: Estimates taken so far.
         ways: Parameter -> the way by which its derivatives are found, a key of `fishopt.passes.WAYS`.
