@@ -176,7 +176,8 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
                 add(total, through.squared_vjp(fewest_columns(squared) / count**0.5, names=part))
             if hessian is not None:
                 add(total, through.hessian_diagonal(hessian / count, names=part, sketch=some.sketch))
-    return {name: total[name] for name in names}
+    # In the model's order, not the plan's: an optimizer's state is laid out in it.
+    return {name: total[name] for name in batch.names if name in names}
 
 
 def fewest_columns(columns: Tensor) -> Tensor:
