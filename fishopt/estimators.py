@@ -177,7 +177,7 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
             if hessian is not None:
                 add(total, through.hessian_diagonal(hessian / count, names=part, sketch=some.sketch))
     # In the model's order, not the plan's: an optimizer's state is laid out in it.
-    return {name: total[name] for name in batch.names if name in names}
+    return {name: total[name] for name in batch.names if name in total}
 
 
 def fewest_columns(columns: Tensor) -> Tensor:
