@@ -80,7 +80,7 @@ def source(function: Source) -> Source:
 @source
 def mnist(folder: Path | None) -> Data:
     """MNIST as ``[N, 784]`` in [0, 1]: 55,000 to train, 5,000 to validate, 10,000 to test."""
-    return _split(*(_idx(_mnist_file(folder, name)) for name in MNIST_MD5))
+    return _split(*(read_idx(_mnist_file(folder, name)) for name in MNIST_MD5))
 
 
 @source
@@ -151,7 +151,8 @@ def _root(folder: Path | None) -> Path:
     return Path(pooch.os_cache("fishopt")) if folder is None else folder
 
 
-def _idx(path: Path) -> np.ndarray:
+def read_idx(path: Path) -> np.ndarray:
+    """What an IDX file of bytes holds."""
     with gzip.open(path) as file:
         raw = file.read()
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)

@@ -7,8 +7,6 @@ Writes one JSON with its environment, and prints tables of medians over seeds, t
 from __future__ import annotations
 
 import argparse
-import gzip
-import itertools
 import json
 import platform
 import time
@@ -27,6 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fishopt
+from benchmarks.data import read_idx
+from benchmarks.models import mlp
 
 METHODS: dict[str, Callable[[nn.Module, nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model, loss: torch.optim.AdamW(model.parameters(), fused=True),
@@ -80,7 +80,7 @@ def load(problem: Problem, seed: int, data_dir: Path | None) -> tuple[Tensor, Te
     """Training and test inputs (standardised) and targets."""
     if problem.name == "mnist":
         assert data_dir is not None
-        parts = [_idx(data_dir / "MNIST" / "raw" / f"{p}-{k}-ubyte.gz") for p in ("train", "t10k") for k in _KINDS]
+        parts = [read_idx(data_dir / "MNIST" / "raw" / f"{p}-{k}-ubyte.gz") for p in ("train", "t10k") for k in _KINDS]
         images = [torch.tensor(part / 255, dtype=torch.float32).flatten(1) for part in parts[::2]]
         labels = [torch.tensor(part.astype(np.int64)) for part in parts[1::2]]
         return images[0], labels[0], images[1], labels[1]
@@ -103,20 +103,12 @@ def load(problem: Problem, seed: int, data_dir: Path | None) -> tuple[Tensor, Te
 _KINDS = ("images-idx3", "labels-idx1")
 
 
-def _idx(path: Path) -> np.ndarray:
-    with gzip.open(path) as file:
-        raw = file.read()
-    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
-
 def run(problem: Problem, method: str, seed: int, data_dir: Path | None) -> Result:
     """Trains one network; the same seed gives every method the same split, weights and batches."""
     x, y, x_test, y_test = load(problem, seed, data_dir)
     torch.manual_seed(seed)
     sizes = (x.shape[1], *problem.widths, problem.classes or 1)
-    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), problem.activation())]
-    model = nn.Sequential(*layers[:-1])
+    model = mlp(sizes, problem.activation)
     loss_fn: nn.Module = nn.CrossEntropyLoss() if problem.classes else nn.MSELoss()
     optimizer = METHODS[method](model, loss_fn)
     start = time.perf_counter()
