@@ -13,10 +13,11 @@ from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
+from fishopt.optim.averaging import schedule_free_update
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.estimate import Moment
 from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
-from fishopt.optim.schedule_free import ScheduleFree, schedule_free_update
+from fishopt.optim.schedule_free import ScheduleFree
 from fishopt.optim.units import Params
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fishopt.optim.averages import follow, precision
-from fishopt.optim.fused import Sample
+from fishopt.optim.fused import Limits, Sample
 
 State = dict[str, Any]
 
@@ -34,6 +34,7 @@ class Bucket:
         step: The count of steps, of each.
         is_rounded: Whether they have less precision than the step.
         sample: Where FisherAdam measures the updates, once it has.
+        limits: The same, where it averages.
     """
 
     group: dict[str, Any]
@@ -42,6 +43,7 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     sample: Sample | None = None
+    limits: Limits | None = None
 
     def advance(self) -> None:
         """Counts a step."""
@@ -146,7 +148,7 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
             is_rounded = p.dtype != precision(p)
             rounded += is_rounded * p.numel()
             # Contiguous ones apart, so that a few others do not decide how all are updated.
-            alike = (state["step"], *_weights(state))
+            alike = (state["step"], *_weights(state), state.get("stretch"))
             key = (i, p.device, p.dtype, alike, p.is_contiguous(), rounded // ROUNDED)
             bucket = buckets.setdefault(key, Bucket(group, state["step"], is_rounded))
             bucket.params.append(p)

@@ -142,12 +142,12 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
         if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
             continue
-        optional = dict.fromkeys(("peak", "energy", "averaged", "lr_max"), ()) | {"y": tuple(p.shape)}
+        optional = dict.fromkeys(("peak", "energy", "averaged", "lr_max", "stretch"), ()) | {"y": tuple(p.shape)}
         shapes |= {name: shape for name, shape in optional.items() if name in state}
         for name, shape in shapes.items():
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
-            if name in ("step", "refreshes", "averaged", "lr_max"):
+            if name in ("step", "refreshes", "averaged", "lr_max", "stretch"):
                 number(where, value)
             elif not isinstance(value, Tensor) or value.shape != shape:
                 shown = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"={value!r}"

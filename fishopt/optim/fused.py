@@ -125,6 +125,34 @@ def sampled(x: Tensor) -> Tensor:
     return _blocks(x, stride) if stride > 1 else x
 
 
+class Limits:
+    """What keeps updates at a root mean square, measured as `Sample` does.
+
+    Args:
+        factors: What gradients are multiplied by.
+    """
+
+    def __init__(self, factors: list[Tensor]) -> None:
+        self._of = factors
+        self._factors = list(map(sampled, factors))
+        sizes = [float(max(x.numel(), 1)) for x in self._factors]
+        self._lengths = torch.tensor(sizes, dtype=factors[0].dtype, device=factors[0].device).sqrt_()
+
+    def is_of(self, factors: list[Tensor]) -> bool:
+        """Whether it is of these very tensors."""
+        return all(map(operator.is_, factors, self._of))
+
+    def __call__(self, grads: list[Tensor], clip: float) -> list[Tensor] | None:
+        """What each ``grad * factor`` is to be multiplied by; None if it is known that nothing is."""
+        if clip == math.inf:
+            return None
+        terms = torch._foreach_mul(list(map(sampled, grads)), self._factors)
+        scales = (self._lengths * clip).div_(torch.stack(torch._foreach_norm(terms)))
+        if scales.is_cpu and bool((scales >= 1).all()):  # elsewhere that would be waited for
+            return None
+        return list(scales.clamp_max_(1.0).unbind())
+
+
 def _stride(x: Tensor) -> int:
     """How many blocks of a tensor make for one in the sample; odd, to not meet the same columns of a matrix always."""
     return max((min(x.numel() // FULL, MOST) - 1) | 1, 1)
@@ -140,10 +168,17 @@ def can_fuse(params: list[Tensor], averages: list[Tensor], squares: list[Tensor]
     """Whether `adamw_with_frozen_square` is for these parameters, all on one device and of one dtype."""
     if params[0].dtype != torch.float32 or beta > MAX_BETA or not is_exact(params[0].device.type):
         return False
-    # The averages were made dense, in the parameters' own layout if that is dense. Looked at in each step: a
-    # parameter's data can be replaced.
+    return is_laid_out(params, averages, squares)
+
+
+def is_laid_out(params: list[Tensor], *kept: list[Tensor]) -> bool:
+    """Whether what is kept of parameters lies in memory as they do.
+
+    It was made dense, in the parameters' own layout if that is dense. Looked at in each step: a parameter's data can be
+    replaced.
+    """
     strides = [p.stride() for p in params]
-    return strides == [m.stride() for m in averages] and strides == [v.stride() for v in squares]
+    return all(strides == [x.stride() for x in listed] for listed in kept)
 
 
 def laid_out_as(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -170,3 +205,27 @@ def is_exact(device: str) -> bool:
         for listed, y in ((p, expected), (m, gradient), (v, square))
         for x in listed
     )
+
+
+@functools.cache
+def has_nesterov(device: str) -> bool:
+    """Whether there is torch's kernel of SGD for a kind of device, with any momentum; tried out once."""
+    try:
+        p, g, m = (torch.full((3,), x, device=device) for x in (1.0, 2.0, 3.0))
+        torch._fused_sgd_(
+            [p],
+            [g],
+            [m],
+            weight_decay=0.5,
+            momentum=2.0,
+            lr=0.5,
+            dampening=0.25,
+            nesterov=True,
+            maximize=False,
+            is_first_step=False,
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    momentum = 2.0 * 3.0 + 0.75 * 2.5
+    moved = 1.0 - 0.5 * (2.5 + 2.0 * momentum)
+    return torch.allclose(m, torch.full_like(m, momentum)) and torch.allclose(p, torch.full_like(p, moved))

@@ -90,7 +90,7 @@ def not_finite(members: Members, name_of: Mapping[Tensor, str], *, may_wait: Cal
     if not grads or not (all(g.is_cpu for g in grads) or may_wait()):
         return []
     norms = [norm.cpu() for norm in torch._foreach_norm([_sample(g) for g in grads])]
-    if math.isfinite(torch.stack(norms).double().numpy().sum()):
+    if all(map(math.isfinite, torch.stack(norms).tolist())):
         return []
     # The square of a large number is infinite, too; the number itself is not.
     listed = [p for _, params in members for p in params]

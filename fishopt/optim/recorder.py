@@ -81,6 +81,8 @@ def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Recor
         parts: How many earlier ones.
     """
     last = records[-1]
+    if len(records) == 1 and not parts:
+        return last
     alike = [one for one in records if one.inputs.is_like(last.inputs) and _kinds(one) == _kinds(last)]
     total = dropped + sum(one.count for one in records)
     factors = [one.factor for one in records if one.factor is not None]

@@ -1,18 +1,4 @@
-"""Schedule-free averaging (Defazio et al., 2024): three sequences of parameters in the memory of two.
-
-z goes fast, x is its average, and gradients are taken at y in between:
-
-    y = (1 - beta) z + beta x
-    z <- z - D,  D = lr (direction + weight_decay y)
-    x <- (1 - c) x + c z,  c = w / (sum of all w so far),  w = (the largest lr so far)^2
-
-The parameters hold y, and the state holds the offset e = z - x, in terms of which this is
-
-    e <- e - D;  y <- y + beta c e - (1 - beta) D;  e <- (1 - c) e
-
-and x = y - (1 - beta) e: no division by beta, and what the user does to the parameters, such as clamping or loading
-others, moves all three. Between z and x it is momentum that goes on ever longer, so there is no other.
-"""
+"""An optimizer that averages its iterates, and what the parameters hold when: what is trained, or the average."""
 
 from __future__ import annotations
 
@@ -29,39 +15,9 @@ from fishopt.batch import apart
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import follow
 from fishopt.optim.base import FisherOptimizer
-from fishopt.optim.buckets import Bucket, in_parts
 from fishopt.optim.checkpoint import ASKED, AVERAGE, TRAINED
-from fishopt.optim.fused import laid_out_as, sampled
 
 State = dict[str, Any]
-
-
-def schedule_free_update(bucket: Bucket) -> None:
-    """One step in place, of y and e; ``"preconditioner"`` is what the gradient is multiplied by."""
-    group = bucket.group
-    lr, beta, weight_decay = float(group["lr"]), group["betas"][0], group["weight_decay"]
-    params, offsets, factors = bucket.widened(bucket.params), bucket.kept("exp_avg"), bucket.kept("preconditioner")
-    grads = laid_out_as(factors, bucket.widened(bucket.grads()))
-    rates = list((limits(grads, factors, group["clip"]) * lr).unbind())
-    share = bucket.share(lr)
-    for ys, gs, es, fs, scales in in_parts(params, grads, offsets, factors, rates):
-        moves = list(torch._foreach_mul(gs, fs))
-        torch._foreach_mul_(moves, scales)
-        if weight_decay:
-            torch._foreach_add_(moves, ys, alpha=lr * weight_decay)
-        torch._foreach_sub_(es, moves)
-        torch._foreach_add_(ys, es, alpha=beta * share)
-        torch._foreach_sub_(ys, moves, alpha=1 - beta)
-        torch._foreach_mul_(es, 1 - share)
-    bucket.narrow(bucket.params, params)
-
-
-def limits(grads: list[Tensor], factors: list[Tensor], clip: float) -> Tensor:
-    """What keeps the RMS of each ``grad * factor`` at ``clip`` at most, measured as `fused.Sample` does."""
-    terms = torch._foreach_mul(list(map(sampled, grads)), list(map(sampled, factors)))
-    norms = torch.stack(torch._foreach_norm(terms))
-    sizes = torch.tensor([float(max(x.numel(), 1)) for x in terms], dtype=norms.dtype, device=norms.device)
-    return (sizes.sqrt_().mul_(clip) / norms).clamp_max_(1.0)
 
 
 class ScheduleFree(FisherOptimizer):
@@ -123,7 +79,7 @@ class ScheduleFree(FisherOptimizer):
         for group in self.param_groups:
             for p in group["params"] if group["schedule_free"] else ():
                 if p in self.state:
-                    self.state[p].update(lr_max=0.0, averaged=0.0)
+                    self.state[p].update(lr_max=0.0, averaged=0.0, stretch=1.0)
 
     def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
         super()._hook_on(model, loss)
@@ -147,12 +103,12 @@ class ScheduleFree(FisherOptimizer):
     # --- what the parameters hold ---
 
     def _moved(self) -> Iterator[tuple[Tensor, State, float]]:
-        """The parameters whose average is another, their state, and what y is off it by, in offsets."""
+        """The parameters whose average is another, their state, and what y is off it by, in units of ``"exp_avg"``."""
         for group in self.param_groups:
             for p in group["params"] if group["schedule_free"] else ():
                 if p in self.state and self.state[p].get("step"):
                     follow(p, self.state[p])
-                    yield p, self.state[p], 1 - group["betas"][0]
+                    yield p, self.state[p], (group["betas"][0] - 1) / self.state[p].get("stretch", 1.0)
 
     def _put_averages_in(self, holds: str) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():
