@@ -67,7 +67,7 @@ def method(name: str, lr: float | None, **options: Any) -> Callable[[Callable[..
 # --- ours ---
 
 
-@method("FisherAdam", 2e-3, package="fishopt")
+@method("FisherAdam", 1e-3, package="fishopt")
 def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     return fishopt.FisherAdam(model, loss_fn, **config)
 
@@ -79,7 +79,7 @@ def fisher_adam_schedule_free(
     return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **{"lr": 6e-3, **config})
 
 
-@method("FisherAdam cautious", 2e-3, package="fishopt")
+@method("FisherAdam cautious", 1e-3, package="fishopt")
 def fisher_adam_cautious(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     return Cautious(model, loss_fn, **config)
 

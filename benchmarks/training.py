@@ -122,7 +122,8 @@ class Training:
             curve=self._curve,
             final={"valid_metric": valid, "test_loss": test_loss, "test_metric": test},
             diverged=self._diverged,
-            curvature_share=round(report.curvature_share, 4) if report else 0.0,
+            # Of its own time: others take their turns in between.
+            curvature_share=round(report.curvature_seconds / self._seconds, 4) if report else 0.0,
             choices=_choices(report.history) if report else [],
             environment=environment(),
         )

@@ -79,7 +79,8 @@ class Report:
         steps: Steps taken.
         failures: Refreshes that failed, or came out NaN or infinite, and were passed over.
         skipped: Steps that were not made, because gradients were NaN or infinite.
-        curvature_share: Time spent on curvature over all time from the first step to the last.
+        curvature_seconds: Time spent on curvature.
+        curvature_share: The same over all time from the first step to the last.
         history: For each selection its step and its choices, as dicts.
     """
 
@@ -89,6 +90,7 @@ class Report:
     steps: int
     failures: int
     skipped: int
+    curvature_seconds: float
     curvature_share: float
     history: list[dict[str, Any]]
 

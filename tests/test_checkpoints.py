@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 def _start(kind, width=4, groups=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
-    return model, kind(model, nn.CrossEntropyLoss(), params=groups and groups(model))
+    return model, kind(model, nn.CrossEntropyLoss(), params=groups and groups(model), refresh_every=20)
 
 
 def _train(model, optimizer, steps):

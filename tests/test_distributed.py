@@ -642,7 +642,7 @@ def test_functions_for_distributed_checkpoints(kind, how, through_disk, dtype, t
 
     def start():
         model = _model(nn.Sigmoid).to(dtype)
-        return model, _optimizer(kind, model, loss)
+        return model, _optimizer(kind, model, loss, refresh_every=20)
 
     def go_on(model, optimizer, steps):
         for step in steps:

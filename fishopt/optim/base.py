@@ -252,6 +252,7 @@ class FisherOptimizer(Resumable, ABC):
             steps=self._steps,
             failures=self._curvature.failures.total,
             skipped=self._skipped.total,
+            curvature_seconds=self._curvature.seconds,
             curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
             history=list(self._curvature.history),
         )
@@ -302,6 +303,7 @@ class FisherOptimizer(Resumable, ABC):
         """Takes an estimate into the averages and preconditioners; ``trained``: the gradients are a step's."""
         if not estimate.diagonal:
             return
+        started = time.perf_counter()
         self._moment, self._plan = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
         params = {name: options[name][0] for name in estimate.diagonal}
@@ -312,6 +314,7 @@ class FisherOptimizer(Resumable, ABC):
         for name, fisher in averaged(estimate.diagonal, params, states, decays).items():
             group, state = options[name][1], states[name]
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
+        self._curvature.seconds += time.perf_counter() - started
 
     def _planned(self, members: Members) -> Plan:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""

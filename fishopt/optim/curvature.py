@@ -32,7 +32,8 @@ SELECTION_INPUTS = 8
 """Inputs that a selection looks at, at most."""
 
 SELECTION_ELEMENTS = 2**24
-"""Inputs times parameters that it looks at, at most: large networks get fewer inputs."""
+"""Inputs times positions times parameters that it looks at, about: large networks and long sequences get fewer inputs,
+but never less than two, which is what a variance over inputs takes."""
 
 FIRST_INTERVAL = 32
 """Steps from the first selection to the second; the interval doubles each time, as training slows down."""
@@ -184,7 +185,10 @@ class Curvature:
 
     def _chosen(self, some: SubBatch, auto: Groups) -> list[Choice]:
         size = sum(p.numel() for p in some.shadow.parameters.values())
-        batch = some.first(max(1, SELECTION_ELEMENTS // max(size, 1))).batch()
+        batch = some.batch()
+        list(batch.chunks(()))  # tells the positions
+        few = max(2, SELECTION_ELEMENTS // max(size * batch.positions, 1))
+        batch = some.first(few).batch() if few < len(some) else batch
         return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
 
     def _members(self, units: Groups, wanted: dict[str, str]) -> dict[str, list[str]]:
