@@ -93,16 +93,6 @@ def test_the_readmes_code_runs(capsys):
     assert "structural" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("problem", [0, -1])
-def test_the_benchmark_of_defaults(problem):
-    from benchmarks.defaults import METHODS, TABLES, markdown, run, show
-
-    results = [run(TABLES[problem], method, 0, None) for method in METHODS]
-    assert show(results).row_count == len(METHODS)
-    assert TABLES[problem].name in markdown(results)
-    assert results[1].curvature_share > 0
-
-
 def test_the_benchmark_of_cost(tmp_path, capsys):
     from benchmarks.cost.measure import main
 

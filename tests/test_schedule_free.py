@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fishopt
-from fishopt.optim import buckets
+from fishopt.optim import averaging, buckets
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment
+from fishopt.optim.fused import has_nesterov
 from tests.ranks import gathered, worlds
 
 LOSS = nn.CrossEntropyLoss()
@@ -202,6 +203,38 @@ def test_it_is_its_formulas(monkeypatch, what, dtype):
         reference.step(optimizer)
         optimizer.step()
     reference.check(optimizer, *((1e-11, 1e-12) if dtype == torch.float64 else (2e-5, 4e-6)))
+
+
+@pytest.mark.parametrize("without", [(), (0, 1, 2, 3, 4), (5, 6, 10), tuple(range(20))])
+@pytest.mark.usefixtures("_estimates_are_given")
+def test_the_kernel_and_the_formula_take_over_from_each_other(monkeypatch, without):
+    calls, kernel = [], torch._fused_sgd_
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
+    model, optimizer = _start(Bag(torch.float32), lr=0.05, weight_decay=0.1, clip=0.5)
+    reference = Reference(model)
+    for step in range(20):
+        monkeypatch.setattr(averaging, "has_nesterov", lambda device, step=step: step not in without)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.refresh(torch.zeros(1))
+        reference.step(optimizer)
+        optimizer.step()
+    reference.check(optimizer, 2e-5, 4e-6)
+    with_kernel = {*range(1, 20)} - {*without}  # the first step starts the average, by the formula
+    assert bool(calls) == bool(with_kernel)
+    assert len(calls) >= len(with_kernel)
+
+
+def test_a_kernel_that_does_something_else_is_not_used(monkeypatch):
+    has_nesterov.cache_clear()
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: None)
+    assert not has_nesterov("cpu")
+    has_nesterov.cache_clear()
+    monkeypatch.delattr(torch, "_fused_sgd_")
+    assert not has_nesterov("cpu")
+    has_nesterov.cache_clear()
+    monkeypatch.undo()
+    assert has_nesterov("cpu")
 
 
 def _groups(model):
