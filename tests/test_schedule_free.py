@@ -225,6 +225,23 @@ def test_the_kernel_and_the_formula_take_over_from_each_other(monkeypatch, witho
     assert len(calls) >= len(with_kernel)
 
 
+@pytest.mark.usefixtures("_estimates_are_given")
+def test_a_parameter_that_lies_otherwise_in_memory_for_a_while():
+    """It takes the formula then, and has another stretch than the others when it is back among them."""
+    model, optimizer = _start(Bag(torch.float32), lr=0.05)
+    reference = Reference(model)
+    for step in range(12):
+        lies = model.matrix.detach().t().contiguous().t() if 4 <= step < 8 else model.matrix.detach().contiguous()
+        model.matrix.data = lies
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.refresh(torch.zeros(1))
+        reference.step(optimizer)
+        optimizer.step()
+    assert optimizer.state[model.matrix]["stretch"] != optimizer.state[model.vector]["stretch"]
+    reference.check(optimizer, 2e-5, 4e-6)
+
+
 def test_a_kernel_that_does_something_else_is_not_used(monkeypatch):
     has_nesterov.cache_clear()
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: None)
