@@ -33,8 +33,3 @@ def estimation(model: nn.Module, x: Tensor, likelihood: fishopt.Likelihood, plan
 def without_refreshes(optimizer: Any) -> None:
     """Takes an optimizer that has refreshed once past the steps that refresh each time; ``refresh_every`` is huge."""
     optimizer._steps = 11
-
-
-def curvature_seconds(optimizer: Any) -> float:
-    """What an optimizer has spent on curvature so far."""
-    return float(optimizer._curvature.seconds)

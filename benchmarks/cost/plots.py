@@ -13,10 +13,17 @@ from benchmarks.cost.curvature import METHODS
 from benchmarks.cost.curvature import OURS as ESTIMATES
 from benchmarks.cost.growth import AUTO, DEFAULTS, ESTIMATORS, exponent
 from benchmarks.cost.records import Measured, Row
+from benchmarks.cost.training import OURS as TRAINED
 from fishopt.plotting import COLOURS
 
 OURS, OTHERS, MEMORY = "#4c72b0", "0.62", "#dd8452"
-OPTIMIZERS = {"FisherAdam": "#4c72b0", "DiagonalNGD": "#55a868", "AdamW foreach": "0.45", "AdamW": "0.7"}
+OPTIMIZERS = {
+    "FisherAdam": "#4c72b0",
+    "FisherAdam schedule-free": "#8172b3",
+    "DiagonalNGD": "#55a868",
+    "AdamW foreach": "0.45",
+    "AdamW": "0.7",
+}
 LINES = {"gradient": "0.55", **{name: COLOURS[name] for name in ESTIMATORS}, AUTO: "0.1"}
 
 
@@ -96,16 +103,16 @@ def _update(axis: Any, rows: list[Row]) -> None:
 
 def _step(axis: Any, rows: list[Row]) -> None:
     problems = list(dict.fromkeys(row.problem for row in rows))
-    width = 0.38
-    for i, method in enumerate(("FisherAdam", "DiagonalNGD")):
+    width = 0.8 / len(TRAINED)
+    for i, method in enumerate(TRAINED):
         for row in (row for row in rows if row.method == method):
-            place = problems.index(row.problem) + (i - 0.5) * width
+            place = problems.index(row.problem) + (i - (len(TRAINED) - 1) / 2) * width
             spread, share = row.ratio, row.extra["share"] * row.ratio.median
             error = [[spread.median - spread.low], [spread.high - spread.median]]
             style = {"color": OPTIMIZERS[method], "label": method if row.problem == problems[0] else None}
             axis.bar(place, spread.median, 0.94 * width, yerr=error, ecolor="0.2", **style)
             axis.bar(place, share, 0.94 * width, bottom=spread.median - share, color="none", hatch="///", edgecolor="w")
-            axis.text(place, spread.high + 0.03, f"{spread.median:.2f}", ha="center", fontsize=9)
+            axis.text(place, spread.high + 0.03, f"{spread.median:.2f}", ha="center", fontsize=8)
     axis.axhline(1, color="0.1", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(problems)), problems)
     axis.set_ylim(0, 1.25 * max(row.ratio.high for row in rows))

@@ -9,6 +9,7 @@ from rich.table import Table
 from benchmarks.cost.curvature import METHODS
 from benchmarks.cost.growth import AUTO, ESTIMATORS, exponent
 from benchmarks.cost.records import Measured, Row
+from benchmarks.cost.training import OURS
 
 Cell = Callable[[Row], str]
 
@@ -23,7 +24,7 @@ def tables(measured: Measured) -> list[Table]:
     if rows := measured.get("update"):
         found.append(_update(rows))
     if rows := measured.get("step"):
-        found.append(_grid("step: time / time with AdamW fused", rows, ("FisherAdam", "DiagonalNGD"), _step))
+        found.append(_grid("step: time / time with AdamW fused", rows, tuple(OURS), _step))
     if rows := measured.get("growth"):
         found.append(_growth(rows))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import time
@@ -14,16 +15,20 @@ from rich import print as show
 from torch import nn
 
 import fishopt
-from benchmarks.cost.inside import curvature_seconds, without_refreshes
+from benchmarks.cost.inside import without_refreshes
 from benchmarks.cost.networks import Problem, problem, square_layers
 from benchmarks.cost.records import Row, Setting
 from benchmarks.cost.timing import Case, Effort, free_memory, interleaved
 from benchmarks.models import conv3_dense3, mlp
 
 FUSED = "AdamW fused"
-OURS = {"FisherAdam": fishopt.FisherAdam, "DiagonalNGD": fishopt.DiagonalNGD}
+OURS: dict[str, Callable[..., Any]] = {
+    "FisherAdam": fishopt.FisherAdam,
+    "FisherAdam schedule-free": functools.partial(fishopt.FisherAdam, schedule_free=True),
+    "DiagonalNGD": fishopt.DiagonalNGD,
+}
 TORCH: dict[str, dict[str, Any]] = {FUSED: {"fused": True}, "AdamW foreach": {"foreach": True}, "AdamW": {}}
-ARRAYS = 20
+ARRAYS = 24
 """Arrays of the parameters' size: two that all share, ours keep three each and AdamW's two, the rest for work."""
 
 
@@ -77,9 +82,9 @@ def _schedule(*, quick: bool) -> list[tuple[str, int, Effort]]:
     """Name, steps in a block, effort. Blocks are whole refresh intervals."""
     if quick:
         return [("mlp, 0.3M", 10, Effort(budget=0.5, least=2, most=2, shortest=0, long=math.inf))]
-    dear = Effort(budget=60, least=7, most=7, shortest=0, long=math.inf)
+    dear = Effort(budget=60, least=5, most=5, shortest=0, long=math.inf)
     cheap = Effort(budget=30, least=7, most=30, shortest=0, long=math.inf)
-    return [("mlp, 0.3M", 60, cheap), ("mlp, 1.3M", 60, cheap), ("mlp, 5.8M", 20, dear), ("3c3d, 0.9M", 20, dear)]
+    return [("mlp, 0.3M", 100, cheap), ("mlp, 1.3M", 100, cheap), ("mlp, 5.8M", 100, dear), ("3c3d, 0.9M", 100, dear)]
 
 
 def _workload(name: str, setting: Setting) -> Problem:
@@ -116,7 +121,7 @@ class _Training:
             self._loss_fn(self._model(self._base.x), y).backward()
             self._optimizer.step()
         self._clock.append(time.perf_counter() - start)
-        self._spent.append(curvature_seconds(self._optimizer) if self._is_ours else 0.0)
+        self._spent.append(self._optimizer.report().curvature_seconds if self._is_ours else 0.0)
 
     def share(self, warm_ups: int) -> float:
         """The part of the time after the warm-up that went into curvature."""
