@@ -29,6 +29,7 @@ class Method:
         package: Of what else than torch it is a part, if it is.
         graph: Whether its backward must be differentiable.
         closure: Whether it evaluates the loss itself, several times in a step.
+        iterations: How many steps a call of its ``step`` counts for.
         is_matrix: Whether it keeps a matrix for each layer, not numbers for each weight.
     """
 
@@ -38,6 +39,7 @@ class Method:
     package: str | None = None
     graph: bool = False
     closure: bool = False
+    iterations: int = 1
     is_matrix: bool = False
 
     @property
@@ -123,9 +125,14 @@ def muon(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> 
     )
 
 
-@method("L-BFGS", None, closure=True, is_matrix=True)
+@method("L-BFGS", None, closure=True, iterations=5, is_matrix=True)
 def lbfgs(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=1, **config)
+    """Five iterations a call, the first of which evaluates once more where the last one ended.
+
+    By itself ``max_eval`` is 5/4 of ``max_iter``, which leaves a line search nothing to search with.
+    """
+    options = {"line_search_fn": "strong_wolfe", "max_iter": 5, "max_eval": 125}
+    return torch.optim.LBFGS(model.parameters(), **options, **config)
 
 
 class Several(torch.optim.Optimizer):

@@ -57,7 +57,9 @@ class Training:
         losses: list[Tensor] = []
         start = time.perf_counter()
         try:
-            losses.extend(self._make_step() for _ in range(min(self.problem.every, self.spec.steps - self._step)))
+            end = min(self._step + self.problem.every, self.spec.steps)
+            while self._step < end:
+                losses.append(self._make_step())
         except RuntimeError as error:
             if "in a row" not in str(error):  # what fishopt says once numbers stay infinite
                 raise
@@ -86,7 +88,7 @@ class Training:
             self._scheduler.step()
         if self.method.graph:
             self._optimizer.zero_grad()  # the graph in the gradients would outlive them
-        self._step += 1
+        self._step += self.method.iterations
         return loss.detach()
 
     def _next_rows(self) -> Tensor | slice:

@@ -238,3 +238,11 @@ def test_weights_do_not_decay_where_a_function_is_fitted_and_line_searches_need_
     assert {s.config["weight_decay"] for s in specs if s.problem == "fit_curve" and s.method == "AdamW"} == {0.0}
     assert len({s.config["weight_decay"] for s in specs if s.problem == "digits_mlp"}) == 4
     assert {s.problem for s in specs if s.method == "L-BFGS"} == {"fit_curve"}
+
+
+def test_lbfgs_searches_its_lines():
+    run = trained(spec("fit_curve", "L-BFGS", steps=60))
+    assert run.curve.step == [15, 30, 45, 60]
+    assert run.curve.valid_metric[-1] < 0.7 * run.curve.valid_metric[0]
+    evaluations = run.curve.gradients[-1] / run.spec.steps
+    assert 1.2 <= evaluations < 2  # one more for every five, and line searches that mostly take their first step
