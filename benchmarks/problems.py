@@ -28,7 +28,7 @@ class Problem:
         loss: Makes the loss module.
         steps: The budget.
         batch: Examples per step; all of them if None.
-        goal: A target known in advance; the tuned AdamW's if None.
+        goal: A target known in advance, at which training ends; the tuned AdamW's if None.
         most: Examples of the validation set that are looked at in training.
     """
 
@@ -193,13 +193,13 @@ def gaussian_regression() -> nn.Module:
     return mlp((10, 32, 32, 1), nn.Tanh)
 
 
-@problem("curve", nn.MSELoss, steps=3000, batch=None, goal=1e-5)
+@problem("curve", nn.MSELoss, steps=12000, batch=None, goal=1e-5)
 def fit_curve() -> nn.Module:
     """A function of one variable at 512 points, MLP 1-64-64-64-1, tanh, full batch."""
     return mlp((1, 64, 64, 64, 1), nn.Tanh)
 
 
-@problem("surface", nn.MSELoss, steps=3000, batch=None, goal=1e-5)
+@problem("surface", nn.MSELoss, steps=12000, batch=None, goal=1e-5)
 def fit_surface() -> nn.Module:
     """A function of two variables at 512 points, MLP 2-64-64-64-1, tanh, full batch."""
     return mlp((2, 64, 64, 64, 1), nn.Tanh)

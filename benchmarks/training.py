@@ -46,8 +46,13 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are made, or no more can be."""
-        return self._diverged or self._step >= self.spec.steps
+        """Whether all steps are made, or no more can or need be."""
+        return self._diverged or self._has_arrived or self._step >= self.spec.steps
+
+    @property
+    def _has_arrived(self) -> bool:
+        goal, found = self.problem.goal, self._curve.valid_metric
+        return goal is not None and bool(found) and found[-1] <= goal
 
     def advance(self) -> None:
         """Goes on to the next evaluation, and evaluates."""

@@ -241,8 +241,15 @@ def test_weights_do_not_decay_where_a_function_is_fitted_and_line_searches_need_
 
 
 def test_lbfgs_searches_its_lines():
-    run = trained(spec("fit_curve", "L-BFGS", steps=60))
-    assert run.curve.step == [15, 30, 45, 60]
+    run = trained(spec("fit_curve", "L-BFGS", steps=240))
+    assert run.curve.step == [60, 120, 180, 240]
     assert run.curve.valid_metric[-1] < 0.7 * run.curve.valid_metric[0]
     evaluations = run.curve.gradients[-1] / run.spec.steps
     assert 1.2 <= evaluations < 2  # one more for every five, and line searches that mostly take their first step
+
+
+def test_training_ends_at_the_goal():
+    run = trained(spec("pinn_poisson", "L-BFGS", steps=1000))
+    *before, last = run.curve.valid_metric
+    assert last <= PROBLEMS["pinn_poisson"].goal < min(before)
+    assert run.curve.step[-1] < run.spec.steps
