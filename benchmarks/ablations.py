@@ -48,12 +48,12 @@ ABLATIONS: Mapping[str, Ablation] = {
     "estimator": Ablation("which estimator, for either exponent of F", grid(RULES, estimator=ESTIMATORS)),
     "refresh": Ablation(
         "how often to refresh, and from how many inputs",
-        grid(RULES, refresh_every=(1, 10, 20, 50), refresh_inputs=(4, 16, 64)),
+        grid(RULES, refresh_every=(1, 10, 50, 100), refresh_inputs=(4, 16, 64)),
     ),
     "damping": Ablation(
         "how much damping, and how short a step",
         [
-            *grid(["FisherAdam"], damping=(0.1, 0.3, 1.0, 3.0), clip=(0.3, 1.0, 3.0)),
+            *grid(["FisherAdam"], damping=(0.03, 0.1, 0.3, 1.0), clip=(0.1, 0.3, 1.0, 3.0)),
             *grid(["DiagonalNGD"], damping=(0.01, 0.03, 0.1, 0.3), kl_radius=(1e-7, 1e-6, 1e-5)),
         ],
     ),
@@ -61,13 +61,13 @@ ABLATIONS: Mapping[str, Ablation] = {
         "where the size of F is from, and how wide a range of learning rates stands it",
         [
             *grid(["FisherAdam"], scale=("auto", "dispersion", "gradient"), lr=(1e-3, 3e-3, 1e-2, 3e-2)),
-            *grid(["FisherAdam"], scale=("gradient",), damping=(0.1, 0.3), lr=(1e-3, 3e-3, 1e-2)),
+            *grid(["FisherAdam"], scale=("gradient",), damping=(0.3, 1.0), lr=(1e-3, 3e-3, 1e-2)),
         ],
     ),
     "averaging": Ablation(
         "schedule-free averaging, against a cosine decay and neither",
         [
-            *grid(["FisherAdam"], schedule=("constant", "cosine"), lr=(2e-3, 4e-3)),
+            *grid(["FisherAdam"], schedule=("constant", "cosine"), lr=(1e-3, 2e-3, 4e-3)),
             *grid(["FisherAdam schedule-free"], lr=(3e-3, 6e-3, 1.2e-2), betas=((0.9, 0.95), (0.98, 0.95))),
             *grid(["FisherAdam schedule-free"], lr=(6e-3, 1.2e-2), clip=(0.3, 0.5)),
         ],
@@ -76,7 +76,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         "damping by the standard error of the estimate, or shrinking it to the mean, against neither",
         [
             (method, {**config, **form})
-            for method, config in grid(["FisherAdam cautious"], damping=(0.1, 0.3, 1.0), lr=(1e-3, 3e-3, 1e-2))
+            for method, config in grid(["FisherAdam cautious"], damping=(0.03, 0.1, 0.3), lr=(1e-3, 3e-3, 1e-2))
             for form in ({}, {"caution": 1.0}, {"shrink": True})
         ],
         ("digits_mlp", "mnist_relu", "mnist_sigmoid"),

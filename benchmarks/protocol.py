@@ -167,13 +167,22 @@ def fixed(problem: str) -> Config:
 
 
 def best(runs: Iterable[Run]) -> dict[tuple[str, str], Config]:
-    """The configuration with the best final validation metric among the trials of each problem and method."""
+    """The configuration with the best final validation metric among the trials of each problem and method.
+
+    Where there is a goal, at which training ends: the one that arrives first.
+    """
     found: dict[tuple[str, str], Run] = {}
     for run in runs:
         key = run.spec.problem, run.spec.method
-        if run.spec.track == "tune" and (key not in found or run.metric < found[key].metric):
+        if run.spec.track == "tune" and (key not in found or _order(run) < _order(found[key])):
             found[key] = run
     return {key: run.spec.config for key, run in found.items()}
+
+
+def _order(run: Run) -> tuple[float, float]:
+    goal = PROBLEMS[run.spec.problem].goal
+    arrival = None if goal is None else run.first(goal)
+    return math.inf if arrival is None else run.curve.step[arrival], run.metric
 
 
 def target(runs: Iterable[Run], problem: str) -> float | None:

@@ -38,7 +38,8 @@ class Training:
         config, schedule = dict(spec.config), spec.config.get("schedule", "constant")
         config.pop("schedule", None)
         self._optimizer = self.method.build(self._model, self._loss, len(self._data.train), **config)
-        self._scheduler = None if schedule == "constant" else cosine(self._optimizer, spec.steps)
+        calls = spec.steps // self.method.iterations
+        self._scheduler = None if schedule == "constant" else cosine(self._optimizer, calls)
         self._random = torch.get_rng_state()
         self._rows = torch.empty(0, dtype=torch.long)
         self._step = self._gradients = 0

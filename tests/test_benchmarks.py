@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.cli import main
 from benchmarks.methods import METHODS
 from benchmarks.models import PoissonResidual
 from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Run, Spec, Store, keep_runs
+from benchmarks.runs import Curve, Run, Spec, Store, keep_runs
 from benchmarks.training import Training
 
 BUILT_IN = [name for name, problem in PROBLEMS.items() if not problem.needs_files]
@@ -253,3 +254,16 @@ def test_training_ends_at_the_goal():
     *before, last = run.curve.valid_metric
     assert last <= PROBLEMS["pinn_poisson"].goal < min(before)
     assert run.curve.step[-1] < run.spec.steps
+
+
+def test_of_trials_that_reach_a_goal_the_first_to_arrive_is_chosen():
+    def trial(lr, step, metric):
+        run = trained(spec("pinn_poisson", config={"lr": lr}, seed=0, steps=1, track="tune"))
+        return replace(
+            run, curve=Curve([step], [step], [1.0], [metric], [metric], [metric]), final={"valid_metric": metric}
+        )
+
+    goal = PROBLEMS["pinn_poisson"].goal
+    trials = [trial(1.0, 2000, 2 * goal), trial(2.0, 900, 0.1 * goal), trial(3.0, 300, 0.9 * goal)]
+    assert protocol.best(trials)["pinn_poisson", "AdamW"] == {"lr": 3.0}
+    assert protocol.best(trials[:2])["pinn_poisson", "AdamW"] == {"lr": 2.0}

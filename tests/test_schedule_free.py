@@ -542,6 +542,27 @@ def test_a_file_from_before_goes_on_as_it_was():
     assert _same(_values(model), _values(other))
 
 
+def test_a_state_of_before_there_was_a_stretch_goes_on():
+    """It held z - x itself."""
+    runs = []
+    for is_old in (False, True):
+        model, optimizer = _start(_network(torch.float64))
+        _train(model, optimizer, 12)
+        saved = optimizer.state_dict()
+        if is_old:
+            for state in saved["state"].values():
+                state["exp_avg"] = state["exp_avg"] / -state.pop("stretch")
+        model, optimizer = _start(model)
+        optimizer.load_state_dict(saved)
+        optimizer.eval()
+        average = _values(model)
+        optimizer.train()
+        _train(model, optimizer, 8, 12)
+        runs.append([*average, *_values(model)])
+    for old, new in zip(*runs, strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -549,6 +570,8 @@ def test_a_file_from_before_goes_on_as_it_was():
         (lambda s: s["state"][0].update(y=torch.zeros(2)), r"'0.weight': y of shape \(2,\)"),
         (lambda s: s["state"][1].update(averaged=-1), "'0.bias': averaged=-1"),
         (lambda s: s["state"][1].update(lr_max=-1.0), r"'0.bias': lr_max=-1\.0"),
+        (lambda s: s["state"][1].update(stretch=0.0), r"'0.bias': stretch=0\.0"),
+        (lambda s: s["state"][1].update(stretch=math.nan), "'0.bias': stretch=nan"),
         (lambda s: s["param_groups"][0].update(schedule_free="yes"), "schedule_free='yes'"),
     ],
 )

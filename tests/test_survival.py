@@ -356,6 +356,40 @@ def test_without_the_memory_for_a_refresh_half_of_it_is_made(kind, after, error)
     assert optimizer.report().rows[0].refreshes == after + 1
 
 
+@pytest.mark.filterwarnings("ignore:the curvature of")
+@pytest.mark.filterwarnings("ignore:A curvature refresh failed")
+@pytest.mark.parametrize("most", [12, 6])
+def test_a_network_that_runs_at_one_batch_size_alone_never_sees_fewer(most):
+    """Not in a selection, which looks at eight inputs of others, and not where there is too little memory."""
+
+    class WrittenIn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.sizes, self.small = nn.Linear(3, 2), [], None
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            if self.small is not None:
+                self.small(x)
+            return self.a(x.view(12, 3))
+
+    model = WrittenIn()
+    optimizer = fishopt.FisherAdam(model, nn.CrossEntropyLoss(), refresh_every=1)
+    x, y = torch.randn(12, 3), torch.randint(0, 2, (12,))
+    for step in range(4):
+        model.small = Small(most, MemoryError()) if step == 3 else None
+        if step == 3 and most < 12:
+            model.small = None  # training has the memory, the copy that a refresh runs has not
+            optimizer._curvature._shadow.module.small = Small(most, MemoryError())
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        model.sizes.clear()
+        optimizer.step()
+    report = optimizer.report()
+    assert len(report.history) == 1
+    assert report.failures == (1 if most < 12 else 0)
+
+
 @both
 @of_memory
 def test_without_the_memory_for_any_refresh_training_goes_on(kind, error):

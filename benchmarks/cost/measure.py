@@ -3,8 +3,8 @@
 Four sections: ``passes``, one estimate against one gradient, by fishopt, BackPACK, torch.func and AdaHessian's way;
 ``update``, ``step()`` without a refresh against AdamW's; ``step``, whole training steps; ``growth``, an estimate as
 batch, width, depth and outputs grow. Every result is a ratio to a baseline timed in the same rounds: its median and
-quartiles. Writes ``cost.json``, ``cost.png`` and ``cost_growth.png``, and prints tables. The whole takes about six
-minutes on two cores, and its largest update 8 GB, or is left out.
+quartiles. Writes ``cost.json``, ``cost.png`` and ``cost_growth.png``, and prints tables. The whole takes about ten
+minutes on two cores, and its largest update 10 GB, or is left out.
 """
 
 from __future__ import annotations

@@ -46,13 +46,18 @@ def curves(study: Study, track: str, problem: str) -> Figure | None:
 
 
 def _curve(axis: Axes, method: str, runs: Sequence[Run], measure: str) -> None:
-    count = min(len(run.curve.step) for run in runs)
-    x = np.median([getattr(run.curve, measure)[:count] for run in runs], axis=0)
-    y = np.array([run.curve.valid_metric[:count] for run in runs])
+    x = np.median(_of_one_length([getattr(run.curve, measure) for run in runs]), axis=0)
+    y = _of_one_length([run.curve.valid_metric for run in runs])
     y = np.where(np.isfinite(y), y, np.inf)
     axis.plot(x, np.median(y, axis=0), **styles.line(method))
     if len(runs) > 1 and (METHODS[method].is_ours or method == REFERENCE):
         axis.fill_between(x, y.min(0), y.max(0), color=styles.colour(method), alpha=0.13, linewidth=0, zorder=2)
+
+
+def _of_one_length(curves: Sequence[list[float]]) -> np.ndarray:
+    """Those that ended early, at a goal or by divergence, go on as they ended."""
+    longest = max(map(len, curves))
+    return np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
 
 
 def _metric_axis(axis: Axes, runs: Sequence[Run], target: float | None) -> None:

@@ -120,10 +120,10 @@ def _map(axis: Axes, run: Run) -> None:
     for row, group in enumerate(groups):
         for start, end, name in stretches(run, group):
             axis.barh(row, end - start, left=start, height=0.86, color=_estimator_colour(name))
-            if np.log(end / start) > 0.04 * len(name) * np.log(run.spec.steps):
+            if np.log(end / start) > 0.04 * len(name) * np.log(run.curve.step[-1]):
                 axis.text(np.sqrt(start * end), row, name, color="w", ha="center", va="center", fontsize=7.5)
     axis.set_xscale("log")
-    axis.set_xlim(1, run.spec.steps + 1)
+    axis.set_xlim(1, run.curve.step[-1] + 1)
     axis.set_yticks(range(len(groups)), groups, fontsize=8)
     axis.set_ylim(len(groups) - 0.4, -0.6)
     plain(axis.xaxis)
@@ -135,7 +135,7 @@ def stretches(run: Run, group: str) -> list[tuple[int, int, str]]:
     for step, choices in run.choices:
         if group in choices and (not changes or changes[-1][1] != choices[group]):
             changes.append((step + 1, choices[group]))
-    ends = [start for start, _ in changes[1:]] + [run.spec.steps + 1]
+    ends = [start for start, _ in changes[1:]] + [run.curve.step[-1] + 1]
     return [(start, end, name) for (start, name), end in zip(changes, ends, strict=True)]
 
 

@@ -31,7 +31,10 @@ import torch
 from torch import Tensor
 
 from fishopt.optim.buckets import Bucket, in_parts
-from fishopt.optim.fused import Limits, has_nesterov, is_laid_out, laid_out_as
+from fishopt.optim.fused import Limits, has_nesterov, is_laid_out, laid_out_as, nesterov_
+
+UNSTRETCHED = -1.0
+"""Where the state has no stretch, before the first step and in checkpoints of before there was one, it holds e."""
 
 RANGE = 2.0**-20, 2.0**20
 """What the momentum's decay rate and stretch may be for the kernel: within, nothing is lost in float32."""
@@ -46,7 +49,7 @@ def schedule_free_update(bucket: Bucket) -> None:
     if bucket.limits is None or not bucket.limits.is_of(factors):
         bucket.limits = Limits(factors)
     limits = bucket.limits(grads, group["clip"])
-    stretch, share = bucket.states[0].get("stretch", 1.0), bucket.share(lr)
+    stretch, share = bucket.states[0].get("stretch", UNSTRETCHED), bucket.share(lr)
     nesterov = Nesterov.of(lr, beta, share, stretch) if _can_fuse(params, momenta, factors) else None
     new = settled(lr, beta, share) if nesterov is None else nesterov.stretch
     for ys, gs, ms, fs, *scales in in_parts(params, grads, momenta, factors, *([limits] if limits else [])):
@@ -87,7 +90,7 @@ class Nesterov(NamedTuple):
     @classmethod
     def of(cls, lr: float, beta: float, share: float, stretch: float) -> Self | None:
         """The step with the share c; None if there is none, as at z or with the first step, or none of use."""
-        if not (lr > 0 and beta > 0 and share < 1):
+        if not (lr > 0 and beta > 0 and share < 1 and stretch > 0):
             return None
         new = math.sqrt(stretch * beta * share / ((1 - beta) * lr))
         found = cls(lr, beta, new / stretch, new * lr, new / (1 - share))
@@ -95,18 +98,8 @@ class Nesterov(NamedTuple):
 
     def step(self, ys: list[Tensor], directions: list[Tensor], momenta: list[Tensor], weight_decay: float) -> None:
         """Moves y and the momentum, in place."""
-        torch._fused_sgd_(
-            ys,
-            directions,
-            momenta,
-            weight_decay=weight_decay,
-            momentum=self.momentum,
-            lr=(1 - self.beta) * self.lr,
-            dampening=1 - self.gain,
-            nesterov=True,
-            maximize=False,
-            is_first_step=False,
-        )
+        lr = (1 - self.beta) * self.lr
+        nesterov_(ys, directions, momenta, lr=lr, momentum=self.momentum, gain=self.gain, weight_decay=weight_decay)
 
 
 def settled(lr: float, beta: float, share: float) -> float:

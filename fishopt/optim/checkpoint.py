@@ -148,7 +148,7 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
             if name in ("step", "refreshes", "averaged", "lr_max", "stretch"):
-                number(where, value)
+                number(where, value, above=name == "stretch")
             elif not isinstance(value, Tensor) or value.shape != shape:
                 shown = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"={value!r}"
                 raise ValueError(f"{where}{shown}, not a tensor of shape {shape}; pass what state_dict() returned")

@@ -185,10 +185,9 @@ class Curvature:
 
     def _chosen(self, some: SubBatch, auto: Groups) -> list[Choice]:
         size = sum(p.numel() for p in some.shadow.parameters.values())
-        batch = some.batch()
-        list(batch.chunks(()))  # tells the positions
-        few = max(2, SELECTION_ELEMENTS // max(size * batch.positions, 1))
-        batch = some.first(few).batch() if few < len(some) else batch
+        two = some.first(2).batch()
+        list(two.chunks(()))  # tells the positions
+        batch = some.first(max(2, SELECTION_ELEMENTS // max(size * two.positions, 1))).batch()
         return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
 
     def _members(self, units: Groups, wanted: dict[str, str]) -> dict[str, list[str]]:

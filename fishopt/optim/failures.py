@@ -43,7 +43,7 @@ class Attempt:
         if some is None:
             return None
         found = self(partial(do, some))
-        while self.error is not None and len(some) > 1 and self.forgive_lack_of_memory():
+        while self.error is not None and some.may_shrink and self.forgive_lack_of_memory():
             some = some.first(-(-len(some) // 2))
             found = self(partial(do, some))
         return found

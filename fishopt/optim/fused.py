@@ -207,25 +207,41 @@ def is_exact(device: str) -> bool:
     )
 
 
+def nesterov_(
+    params: list[Tensor],
+    directions: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    gain: float,
+    weight_decay: float,
+) -> None:
+    """``G = direction + wd p; m = momentum m + gain G; p = p - lr (G + momentum m)``, in place, by torch's kernel."""
+    torch._fused_sgd_(
+        params,
+        directions,
+        momenta,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=1 - gain,
+        nesterov=True,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
 @functools.cache
 def has_nesterov(device: str) -> bool:
-    """Whether there is torch's kernel of SGD for a kind of device, with any momentum; tried out once."""
+    """Whether the kernel is there for a kind of device and does that, with any momentum; tried out once."""
+    kinds = [(n, dtype) for n in (3, 70) for dtype in (torch.float32, torch.float64)]
     try:
-        p, g, m = (torch.full((3,), x, device=device) for x in (1.0, 2.0, 3.0))
-        torch._fused_sgd_(
-            [p],
-            [g],
-            [m],
-            weight_decay=0.5,
-            momentum=2.0,
-            lr=0.5,
-            dampening=0.25,
-            nesterov=True,
-            maximize=False,
-            is_first_step=False,
-        )
+        p, g, m = ([torch.full((n,), x, dtype=t, device=device) for n, t in kinds] for x in (1.0, 2.0, 3.0))
+        for one in zip(p, g, m, strict=True):
+            nesterov_(*([x] for x in one), lr=0.5, momentum=2.0, gain=0.75, weight_decay=0.5)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     momentum = 2.0 * 3.0 + 0.75 * 2.5
     moved = 1.0 - 0.5 * (2.5 + 2.0 * momentum)
-    return torch.allclose(m, torch.full_like(m, momentum)) and torch.allclose(p, torch.full_like(p, moved))
+    return all(torch.allclose(x, torch.full_like(x, y)) for listed, y in ((m, momentum), (p, moved)) for x in listed)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from fishopt.batch import apart
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import follow
+from fishopt.optim.averaging import UNSTRETCHED
 from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.checkpoint import ASKED, AVERAGE, TRAINED
 
@@ -108,7 +109,7 @@ class ScheduleFree(FisherOptimizer):
             for p in group["params"] if group["schedule_free"] else ():
                 if p in self.state and self.state[p].get("step"):
                     follow(p, self.state[p])
-                    yield p, self.state[p], (group["betas"][0] - 1) / self.state[p].get("stretch", 1.0)
+                    yield p, self.state[p], (group["betas"][0] - 1) / self.state[p].get("stretch", UNSTRETCHED)
 
     def _put_averages_in(self, holds: str) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():

@@ -24,6 +24,7 @@ class SubBatch:
         inputs: All of the inputs.
         rows: Which of them.
         counted: Which of their labels count, where these have positions.
+        is_whole: Whether the network runs on no fewer.
     """
 
     shadow: Shadow
@@ -31,6 +32,7 @@ class SubBatch:
     inputs: Arguments
     rows: Tensor
     counted: Tensor | None
+    is_whole: bool = False
 
     @classmethod
     def drawn(
@@ -51,7 +53,7 @@ class SubBatch:
             )
         inputs, recent = record.inputs, record.inputs.count - record.recent
         if shadow.structure(in_full_precision(inputs.take(slice(recent, None)))).needs_all:
-            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted)
+            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted, is_whole=True)
         rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
         if record.counted is not None:
             rows = rows[record.counted.flatten(1).any(1).to(rows.device)[rows]]
@@ -62,9 +64,14 @@ class SubBatch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def may_shrink(self) -> bool:
+        """Whether fewer of them would do."""
+        return len(self) > 1 and not self.is_whole
+
     def first(self, most: int) -> Self:
-        """At most so many of them."""
-        return replace(self, rows=self.rows[:most])
+        """At most so many of them, or all if the network runs on no fewer."""
+        return self if self.is_whole else replace(self, rows=self.rows[:most])
 
     def of(self, values: Tensor | None) -> Tensor | None:
         """What belongs to them."""
