@@ -68,6 +68,11 @@ class Curve:
         for name, value in values.items():
             getattr(self, name).append(_short(value))
 
+    @property
+    def pace(self) -> float:
+        """Seconds per step."""
+        return self.seconds[-1] / self.step[-1]
+
     def last(self) -> Curve:
         """The last evaluation alone."""
         return Curve(**{name: values[-1:] for name, values in vars(self).items()})

@@ -14,6 +14,7 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.report import make
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.checks import Check, all_of, best_of
+from benchmarks.report.figures import _of_one_length
 from benchmarks.report.fullbatch import Comparison, best_rate
 from benchmarks.report.panels import stretches
 from benchmarks.report.statistics import (
@@ -29,7 +30,7 @@ from benchmarks.report.statistics import (
     width,
 )
 from benchmarks.report.study import Study
-from benchmarks.report.summaries import speedups
+from benchmarks.report.summaries import paces, speedups
 from benchmarks.report.tables import Strong, Table, counted, number, spread
 from benchmarks.report.targets import (
     AUTO_GRADIENTS,
@@ -296,6 +297,27 @@ def test_the_final_metric_is_compared_with_others_that_keep_no_matrices():
     assert "digits_mlp" in found["DiagonalNGD"].remark
 
 
+def test_problems_with_a_goal_count_neither_for_the_final_metric_nor_for_learning_rates():
+    """Training ends there: what it ends with is by how much a method overshot."""
+    runs = [made(m, problem="fit_curve", test=x) for m, x in (("AdamW", 0.1), ("FisherAdam", 0.9))]
+    assert "FisherAdam" not in verdicts(runs, METRIC)
+    runs = [run for m, good in (("AdamW", 3), ("FisherAdam", 5)) for run in over_rates(m, "fit_curve", good)]
+    assert "FisherAdam" not in verdicts(runs, WIDTH)
+
+
+def test_the_time_of_a_step_is_over_adamws_of_the_same_seed():
+    runs = [made(seed=i, pace=x) for i, x in enumerate([1.0, 2.0, 4.0])]
+    runs += [made("FisherAdam", seed=i, pace=x) for i, x in enumerate([3.0, 4.0, 4.0, 100.0])]
+    study = Study.of(runs)
+    assert study.pace("final", "digits_mlp", "FisherAdam").value == pytest.approx(2.0)
+    assert study.pace("final", "mnist_relu", "FisherAdam") is None
+    assert paces(study, "final").rows == [["digits_mlp", "2 [1, 3]"]]
+
+
+def test_curves_that_end_early_go_on_as_they_ended():
+    assert _of_one_length([[1.0], [3.0, 2.0]]).tolist() == [[1.0, 1.0], [3.0, 2.0]]
+
+
 def over_rates(method, problem, good):
     """Nine rates of which the middle ``good`` ones are as good as the best, and the others have diverged."""
     runs = []
@@ -339,7 +361,7 @@ def test_full_batches_against_the_best_of_nine_rates_and_lbfgs():
     study = Study.of(runs)
     rate, best = best_rate(study, "fit_curve")
     assert rate == 1.0
-    assert reach(best[0], 1e-5).steps == 1800
+    assert reach(best[0], 1e-5).steps == 0.6 * PROBLEMS["fit_curve"].steps
     found = {check.target: check for check in checks(study) if check.method == AUTO}
     assert found[AUTO_STEPS].value.value == pytest.approx(2 / 6)
     assert found[AUTO_STEPS].verdict == "missed"  # 0.333, not 0.33

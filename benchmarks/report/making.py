@@ -75,7 +75,7 @@ def _track(study: Study, folder: Path, track: str) -> Section:
     needs = [summaries.speedups(study, track, measure) for measure in ("seconds", "steps", "gradients")]
     if needs[1].rows == needs[2].rows:
         needs.pop()  # every method takes one gradient a step
-    tables = [summaries.profile(study, track), *needs, summaries.metrics(study, track)]
+    tables = [summaries.profile(study, track), *needs, summaries.paces(study, track), summaries.metrics(study, track)]
     pictures = _drawn(folder, **{f"speedups_{track}": figures.speedups(study, track)})
     return Section(LABELS[track].capitalize(), about, tables, pictures)
 

@@ -78,6 +78,13 @@ class Study:
         runs, target = self.get(track, problem, method), self.targets[problem]
         return needed(runs, target, measure) if runs and target is not None else None
 
+    def pace(self, track: str, problem: str, method: str) -> Estimate | None:
+        """The time of a step over AdamW's, by seeds that both have."""
+        others = {run.spec.seed: run for run in self.get(track, problem, REFERENCE)}
+        runs = [run for run in self.get(track, problem, method) if run.spec.seed in others]
+        ratios = [run.curve.pace / others[run.spec.seed].curve.pace for run in runs]
+        return Estimate.median(ratios, problem) if ratios else None
+
     def speedup(self, track: str, problem: str, method: str, measure: str, than: str = REFERENCE) -> Estimate | None:
         """How many times less it needs to the target than another method."""
         target = self.targets[problem]

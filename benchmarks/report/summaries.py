@@ -50,6 +50,15 @@ def _hits(study: Study, track: str, problem: str, method: str) -> str:
     return f"miss ({hits} of {len(runs)})"
 
 
+def paces(study: Study, track: str) -> Table:
+    """What a step of each method takes."""
+    methods = [name for name in study.methods(track) if name != REFERENCE]
+    problems = [name for name in study.problems(track) if study.get(track, name, REFERENCE)]
+    rows = [[p, *(spread(study.pace(track, p, m)) for m in methods)] for p in problems]
+    note = f"Time of a step, refreshes included, over {REFERENCE}'s; median over {seeds(study, track)}."
+    return Table(f"Time of a step, {LABELS[track]}", ["problem", *methods], rows, note)
+
+
 def metrics(study: Study, track: str) -> Table:
     """The final test metric."""
     methods = study.methods(track)
