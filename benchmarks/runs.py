@@ -151,11 +151,12 @@ class Store:
 def keep_runs(runs: Iterable[Run], folder: Path) -> None:
     """Writes runs into a file for each track, a line for each run, to be kept under version control.
 
-    Of trials only the outcome is kept, as nothing else of them is looked at.
+    Of trials and of other learning rates only the outcome is kept, as nothing else of them is looked at.
     """
     by_track: dict[str, list[Run]] = {}
     for run in runs:
-        short = replace(run, curve=run.curve.last(), choices=[]) if run.spec.track == "tune" else run
+        is_outcome = run.spec.track in {"tune", "sensitivity"}
+        short = replace(run, curve=run.curve.last(), choices=[]) if is_outcome else run
         by_track.setdefault(run.spec.track, []).append(short)
     folder.mkdir(parents=True, exist_ok=True)
     for track, found in by_track.items():
