@@ -113,7 +113,7 @@ def test_every_problem_trains(name, files):
 def test_every_method_trains(name):
     before = trained(spec("fit_curve", name, steps=0 + 1))
     after = trained(spec("fit_curve", name, steps=45))
-    assert after.curve.train_loss[-1] < before.curve.train_loss[0]
+    assert after.curve.valid_loss[-1] < before.curve.valid_loss[0]
     assert after.curve.gradients[-1] >= 45
     assert (after.curvature_share > 0) == METHODS[name].is_ours
 
