@@ -136,18 +136,26 @@ def _threads_take_turns_quickly():
 
 def _interrupted(step, after):
     """Whether Ctrl-C, sent by another thread some seconds after the start, came while in ``step``."""
-    timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    caught = False
+    gate, caught = threading.Lock(), False  # an interrupt while a thread is started can leave its locks in disorder
+
+    def send():
+        with gate:
+            time.sleep(after)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    gate.acquire()
+    sender.start()
     try:
-        timer.start()
+        gate.release()
         try:
             step()
         except KeyboardInterrupt:
             caught = True
-        timer.join()
+        sender.join()
         time.sleep(1e-3)
     except KeyboardInterrupt:
-        timer.join()
+        sender.join()
     return caught
 
 

@@ -35,7 +35,7 @@ def test_table_and_dict_say_the_same():
     assert "way 'rule': by a rule" in text
     assert "Remark" in text
     assert "curvature:" in text
-    assert [entry["step"] for entry in content["history"]] == [0, 40]
+    assert [entry["step"] for entry in content["history"]] == [0, 50]
 
 
 def test_before_the_first_step():

@@ -314,8 +314,8 @@ def test_a_new_optimizer_makes_room_for_what_will_be_loaded():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert all(float(state["energy"]) == 0.0 for state in optimizer.state.values())
-    optimizer.param_groups[0]["lr"] = 2e-3
     reference = fishopt.FisherAdam(other, nn.CrossEntropyLoss(), scale="gradient", **WHOLE)
+    optimizer.param_groups[0]["lr"] = reference.defaults["lr"]
     for m, o in ((model, optimizer), (other, reference)):
         _step(m, o, nn.CrossEntropyLoss(), _data())
     assert_close(dict(model.named_parameters()), dict(other.named_parameters()))
