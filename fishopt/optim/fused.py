@@ -24,6 +24,9 @@ FULL = 2**13
 BLOCK, MOST = 64, 62
 """Of a larger tensor, one block of so many entries is measured in so many blocks at most."""
 
+NO_KERNEL = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+"""What a kernel of torch's that is not there for a kind of device, or takes other arguments, raises."""
+
 
 def adamw_with_frozen_square(
     params: list[Tensor],
@@ -197,14 +200,15 @@ def is_exact(device: str) -> bool:
         )
         for counts in (unlimited(p), Sample(m, v).counts(g, 0.0, 0.75)):
             adamw_with_frozen_square(p, g, m, v, lr=0.5, beta=0.0, weight_decay=0.5, step=1, counts=counts)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    except NO_KERNEL:
         return False
     expected = (1.0 * 0.75 - 0.5 * 3.0) * 0.75 - 0.5 * 0.75
-    return all(
-        torch.allclose(x, torch.full_like(x, y), rtol=1e-5, atol=0.0)
-        for listed, y in ((p, expected), (m, gradient), (v, square))
-        for x in listed
-    )
+    return _are((p, expected), (m, gradient), (v, square))
+
+
+def _are(*tried: tuple[list[Tensor], float]) -> bool:
+    """Whether tensors are full of what they should be."""
+    return all(torch.allclose(x, torch.full_like(x, y), rtol=1e-5, atol=0.0) for listed, y in tried for x in listed)
 
 
 def nesterov_(
@@ -240,8 +244,8 @@ def has_nesterov(device: str) -> bool:
         p, g, m = ([torch.full((n,), x, dtype=t, device=device) for n, t in kinds] for x in (1.0, 2.0, 3.0))
         for one in zip(p, g, m, strict=True):
             nesterov_(*([x] for x in one), lr=0.5, momentum=2.0, gain=0.75, weight_decay=0.5)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    except NO_KERNEL:
         return False
     momentum = 2.0 * 3.0 + 0.75 * 2.5
     moved = 1.0 - 0.5 * (2.5 + 2.0 * momentum)
-    return all(torch.allclose(x, torch.full_like(x, y)) for listed, y in ((m, momentum), (p, moved)) for x in listed)
+    return _are((m, momentum), (p, moved))
