@@ -48,6 +48,11 @@ class Problem:
         return self.loss is nn.CrossEntropyLoss and self.source != "shakespeare"
 
     @property
+    def has_goal(self) -> bool:
+        """Whether training ends at a goal: what it ends with is then by how much a method overshot, no result."""
+        return self.goal is not None
+
+    @property
     def metric(self) -> str:
         """The name of what is compared: the less the better."""
         return "error rate" if self.is_classification else "loss"

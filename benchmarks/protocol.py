@@ -163,7 +163,7 @@ def _fit_for(problem: str, methods: Iterable[str]) -> list[str]:
 
 def fixed(problem: str) -> Config:
     """What is not a method's own affair on a problem: weights do not decay where a function is fitted to a goal."""
-    return {} if PROBLEMS[problem].goal is None else {"weight_decay": 0.0}
+    return {"weight_decay": 0.0} if PROBLEMS[problem].has_goal else {}
 
 
 def best(runs: Iterable[Run]) -> dict[tuple[str, str], Config]:

@@ -70,7 +70,7 @@ def table(study: Study, method: str) -> Table:
     """What each needed to the goal."""
     columns = ["problem", "method", "steps", "gradient evaluations", "seconds", "final training loss"]
     rows, seeds = [], []
-    for problem in (name for name in study.targets if PROBLEMS[name].goal is not None):
+    for problem in (name for name in study.targets if PROBLEMS[name].has_goal):
         for name, runs in Comparison.of(study, problem, method).needs.items():
             needs = [_need(runs, measure) for measure in ("steps", "gradients", "seconds")]
             last = Estimate.median([run.curve.train_loss[-1] for run in runs], problem)

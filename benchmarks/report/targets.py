@@ -42,21 +42,18 @@ def checks(study: Study) -> list[Check]:
     return sorted([*measured, *missing], key=lambda check: TARGETS.index(check.target))
 
 
-def _has_no_goal(problem: str) -> bool:
-    """Whether training goes on to the end, so that what it ends with can be compared."""
-    return PROBLEMS[problem].goal is None
-
-
 def _over(
     study: Study,
     track: str,
     method: str,
     than: str,
     value: Callable[[str], Estimate | None],
-    counts: Callable[[str], bool] = lambda problem: True,
+    *,
+    goals: bool = True,
 ) -> Over:
-    """Of the problems that count and on which the other method has run."""
-    there = [problem for problem in study.problems(track) if counts(problem) and study.get(track, problem, than)]
+    """Of the problems on which the other method has run; those with a goal among them or not."""
+    problems = [problem for problem in study.problems(track) if goals or not PROBLEMS[problem].has_goal]
+    there = [problem for problem in problems if study.get(track, problem, than)]
     return Over({p: value(p) for p in there if study.get(track, p, method)}, len(there))
 
 
@@ -95,7 +92,7 @@ def is_within_noise(ours: Estimate, others: dict[str, Estimate]) -> bool:
 
 
 def _metric(study: Study) -> Iterator[Check]:
-    problems = {p: found for p in study.problems("final") if _has_no_goal(p) and (found := rivals(study, p))}
+    problems = {p: found for p in study.problems("final") if not PROBLEMS[p].has_goal and (found := rivals(study, p))}
     for method in study.ours("final"):
         own = {p: estimate for p in problems if (estimate := study.test("final", p, method))}
         if own:
@@ -116,12 +113,12 @@ def width_ratio(study: Study, method: str, problem: str) -> Estimate | None:
 
 def _width(study: Study) -> Iterator[Check]:
     for method in study.ours("sensitivity"):
-        over = _over(study, "sensitivity", method, REFERENCE, partial(width_ratio, study, method), _has_no_goal)
+        over = _over(study, "sensitivity", method, REFERENCE, partial(width_ratio, study, method), goals=False)
         yield Over(over.found, max(over.of, 5)).count(Check(WIDTH, method, bar=5), lambda x: x >= 2)
 
 
 def _full_batch(study: Study) -> Iterator[Check]:
-    goals = [name for name, problem in PROBLEMS.items() if problem.goal is not None]
+    goals = [name for name, problem in PROBLEMS.items() if problem.has_goal]
     for method in (name for name, known in METHODS.items() if known.is_ours and "auto" in name):
         found = [Comparison.of(study, problem, method) for problem in goals]
         for target, name, bar in AUTO:
