@@ -107,3 +107,22 @@ def test_exact_value_and_mean_of_squared_scores(name):
     with open_pass(batch.shadow, inputs, batch.names) as through:
         assert_close(through.squared_vjp(columns), brute.summed(columns))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PER_INPUT)
+def test_vjps_and_their_inner_products(name, monkeypatch):
+    """The latter also where gradients are formed for one input at a time."""
+    network, model = built(name)
+    inputs = arguments(network, 3)
+    jacobians = Jacobians.of(model, network, inputs)
+    columns = torch.randn(2, *jacobians.h.shape, dtype=torch.float64)
+    shadow = Shadow(model, network.readout)
+    with open_pass(shadow, inputs, shadow.names) as through:
+        found, grams = through.vjp(columns), [through.gram(columns)]
+        monkeypatch.setattr("fishopt.passes.gradients.MAX_GRAM_ELEMENTS", 1)
+        grams.append(through.gram(columns))
+    expected = {n: torch.einsum("kna,na...->kn...", columns, j) for n, j in jacobians.first.items()}
+    assert_close(found, expected)
+    rows = torch.cat([g.reshape(2, 3, -1) for g in expected.values()], dim=2)
+    for gram in grams:
+        torch.testing.assert_close(gram, torch.einsum("knp,lmp->knlm", rows, rows), rtol=1e-8, atol=1e-10)
