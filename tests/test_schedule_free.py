@@ -717,3 +717,26 @@ def _interrupted_at(line, function):
         function()
     finally:
         sys.settrace(before)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_it_cannot_be_changed_in_training(before):
+    """Momentum would be taken for the offset of an average, or the other way round; nothing changes."""
+    model = nn.Linear(3, 2)
+    optimizer = fishopt.FisherAdam(model, "categorical", schedule_free=before)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.ones(4, 3)), torch.zeros(4).long()).backward()
+        optimizer.step()
+
+    optimizer.param_groups[0]["schedule_free"] = not before
+    optimizer.param_groups[0]["schedule_free"] = before
+    step()
+    optimizer.param_groups[0]["schedule_free"] = not before
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['schedule_free'\]={not before} was changed after"):
+        step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), kept, rtol=0, atol=0)
+    optimizer.param_groups[0]["schedule_free"] = before
+    step()

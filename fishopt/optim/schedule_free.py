@@ -16,7 +16,9 @@ from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import follow
 from fishopt.optim.averaging import UNSTRETCHED
 from fishopt.optim.base import FisherOptimizer
+from fishopt.optim.buckets import Members
 from fishopt.optim.checkpoint import ASKED, AVERAGE, TRAINED
+from fishopt.optim.estimate import Estimate
 
 State = dict[str, Any]
 
@@ -74,6 +76,19 @@ class ScheduleFree(FisherOptimizer):
 
     def _to_trained(self) -> None:
         self.train()
+
+    def _prepared(
+        self, estimate: Estimate | None, members: Members, closure: Any, loss: Any, transaction: Transaction
+    ) -> Estimate | None:
+        for i, group in enumerate(self.param_groups):
+            trained = next((state for p in group["params"] if (state := self.state.get(p)) and state.get("step")), None)
+            if trained is not None and group["schedule_free"] != ("averaged" in trained):
+                # Its momentum would be taken for an average's offset, or the other way round.
+                raise ValueError(
+                    f"param_groups[{i}]['schedule_free']={group['schedule_free']!r} was changed after its first step; "
+                    "build another optimizer for that, with the model as it is"
+                )
+        return super()._prepared(estimate, members, closure, loss, transaction)
 
     def _make_room(self) -> None:
         super()._make_room()
