@@ -21,6 +21,9 @@ from population_fisher import Linearised
 from scipy.optimize import brentq
 from torch import Tensor
 
+MOST = 20_000
+"""Exchanges after which a search gives up."""
+
 
 @dataclass(frozen=True)
 class Design:
@@ -39,33 +42,40 @@ class Design:
     exchanges: int
 
 
-def exchange(information: Tensor, weights: Tensor, most: int = 20_000) -> Design:
+def sensitivity(information: Tensor, matrix: Tensor) -> Tensor:
+    """phi of candidates with information ``[K, p, p]`` under a design with information ``[p, p]``: ``[K]``."""
+    return information.flatten(1) @ torch.linalg.inv(matrix).flatten()
+
+
+def exchange(information: Tensor, weights: Tensor) -> Design:
     """D-optimal weights by first-order exchanges, from any start whose information is regular.
 
-    Ends when no sensitivity is above ``p (1 + 1e-9)``, or after ``most`` exchanges: the certificate tells.
+    Ends when no sensitivity is above ``p (1 + 1e-9)``, rounding leaves nothing to gain, or after `MOST` exchanges: the
+    sensitivity tells.
 
     Args:
         information: Of one subject under each candidate: ``[K, p, p]``.
         weights: To start from: ``[K]``, of sum 1.
-        most: Exchanges at most.
 
     Raises:
         ValueError: If the start's information is singular.
     """
     flat, p, weights = information.flatten(1), information.shape[1], weights.clone()
-    for exchanges in range(most + 1):
+    for exchanges in range(MOST + 1):
         matrix = (weights @ flat).reshape(p, p)
         if exchanges == 0 and torch.linalg.cholesky_ex(matrix).info:
             raise ValueError(f"weights={weights}: their information is singular; start from more candidates")
-        sensitivity = flat @ torch.linalg.inv(matrix).flatten()
-        best, used = sensitivity.argmax(), weights.nonzero()[:, 0]
-        if sensitivity[best] <= p * (1 + 1e-9) or exchanges == most:
+        phi = sensitivity(information, matrix)
+        best, used = phi.argmax(), weights.nonzero()[:, 0]
+        if phi[best] <= p * (1 + 1e-9) or exchanges == MOST:
             break
-        worst = used[sensitivity[used].argmin()]
+        worst = used[phi[used].argmin()]
         moved = best_move(matrix, information[best] - information[worst], float(weights[worst]))
+        if moved == 0:
+            break
         weights[best] += moved
         weights[worst] -= moved  # exactly zero where all of it goes
-    return Design(weights, sensitivity, matrix, exchanges)
+    return Design(weights, phi, matrix, exchanges)
 
 
 def best_move(matrix: Tensor, change: Tensor, limit: float) -> float:
@@ -79,6 +89,8 @@ def best_move(matrix: Tensor, change: Tensor, limit: float) -> float:
 
     lowest = float(values.min())
     end = min(limit, (1 - 1e-9) / -lowest) if lowest < 0 else limit  # short of a singular matrix
+    if slope(0.0) <= 0:
+        return 0.0
     return end if slope(end) >= 0 else float(brentq(slope, 0, end, xtol=1e-15))
 
 
@@ -91,10 +103,15 @@ def exchange_times(linear: Linearised, start: Tensor) -> Tensor:
         for place in range(len(current)):
             swapped[place, :, place] = others
         sets = torch.cat([current[None], swapped.flatten(0, 1)])
-        found = sets[linear.information(sets).logdet().argmax()].sort().values
-        if torch.equal(found, current):
+        values = log_determinants(linear.information(sets))
+        if values.max() <= values[0] + 1e-12:  # what is less is rounding
             return current
-        current = found
+        current = sets[values.argmax()].sort().values
+
+
+def log_determinants(information: Tensor) -> Tensor:
+    """Of each candidate, minus infinity where rounding made it negative: ``[K]``."""
+    return information.logdet().nan_to_num(nan=-math.inf)
 
 
 def efficiency(information: Tensor, reference: Tensor) -> float:
@@ -127,7 +144,7 @@ class Search:
     @property
     def best(self) -> int:
         """The best set, were there one for all, by brute force."""
-        return int(self.information.logdet().nan_to_num(-math.inf).argmax())
+        return int(log_determinants(self.information).argmax())
 
 
 def search(linear: Linearised, samples: int, start: Tensor | None = None) -> Search:

@@ -4,8 +4,8 @@ A subject of parameters g = beta exp(b), b ~ N(0, Omega), is measured at times t
 
     y = f(t, g) + h(f) e,        Omega and Sigma diagonal.
 
-The first-order approximation takes y as normal, linearised at b = 0 (Leonov & Aliev, Optimal design for population PK/PD
-models, Tatra Mt. Math. Publ. 51, 2012; first-order, FO, without interaction in PopED's terms):
+The first-order approximation takes y as normal, linearised at b = 0 (Leonov & Aliev, Optimal design for population
+PK/PD models, Tatra Mt. Math. Publ. 51, 2012; in PopED's terms first-order, FO, without interaction):
 
     mu = f(t, beta),    V = L Omega L^T + diag(h Sigma h^T),    L = df/db and h at b = 0.
 
@@ -115,8 +115,8 @@ class Linearised:
         factor, failed = torch.linalg.cholesky_ex(self.covariance[rows, columns])
         if failed.any():
             raise ValueError(
-                f"times of number {sets[failed.argmax()].tolist()}: their observations have a singular covariance; take "
-                "different times, and without an additive error none at which the response is zero"
+                f"times of numbers {sets[failed.argmax()].tolist()}: their observations have a singular covariance; "
+                "take different times, and without an additive error none at which the response is zero"
             )
 
         def whitened(value: Tensor) -> Tensor:
@@ -146,11 +146,9 @@ def linearise(population: Population, times: Tensor, *, reduced: bool = False) -
         raise ValueError(
             f"response: gives shape {tuple(mean.shape)} for {len(times)} times; one number for each is due"
         )
-    if population.error(mean).shape != (len(times), len(population.sigma)):
-        raise ValueError(
-            f"error: gives shape {tuple(population.error(mean).shape)}; ({len(times)}, {len(population.sigma)}) is due, "
-            "a row for each time and a column for each of sigma"
-        )
+    factors, due = tuple(population.error(mean).shape), (len(times), len(population.sigma))
+    if factors != due:
+        raise ValueError(f"error: gives shape {factors}; {due} is due, a row for each time, a column for each of sigma")
     _, covariance = population.moments(population.theta, times)
     mean_slope, covariance_slope = jacfwd(population.moments)(population.theta, times)
     if reduced:
