@@ -21,7 +21,7 @@ from population_fisher import Linearised
 from scipy.optimize import brentq
 from torch import Tensor
 
-MOST = 20_000
+MOST = 5_000
 """Exchanges after which a search gives up."""
 
 

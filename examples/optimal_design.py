@@ -147,11 +147,9 @@ def draw_response(axis: Any, seed: int) -> None:
     low, high = torch.vmap(lambda g: concentration(t, g))(subjects).quantile(vector((0.05, 0.95)), dim=0)
     mean, slope = concentration(t, model.fixed), torch.func.jacfwd(lambda b: concentration(t, model.fixed * b.exp()))
     spread = float(norm.isf(0.05)) * (slope(torch.zeros_like(model.fixed)).square() @ model.omega).sqrt()
-    axis.fill_between(
-        t, low, high, color="#4c72b0", alpha=0.2, linewidth=0, label="5 to 95% of 4,000 simulated subjects"
-    )
+    axis.fill_between(t, low, high, color="#4c72b0", alpha=0.2, linewidth=0, label="subjects, 5 to 95%")
     axis.plot(t, mean, color="#4c72b0", linewidth=1.8, label="typical subject")
-    axis.plot(t, mean - spread, color="0.3", linewidth=0.9, linestyle="--", label="5 and 95% to first order")
+    axis.plot(t, mean - spread, color="0.3", linewidth=0.9, linestyle="--", label="to first order, 5 and 95%")
     axis.plot(t, mean + spread, color="0.3", linewidth=0.9, linestyle="--")
     axis.set(title="Response, without errors of measurement", ylabel="concentration (mg/L)", ylim=(0, None))
 
