@@ -8,7 +8,7 @@ Measured over width, depth and number of inputs, by the Gram form of `fishopt.sp
 - The tolerance on what is measured is what chance explains: the 99.9 % interval of Student's t from the spread over
   the networks that were drawn; for a difference from the reference together with that of its five networks.
 - The reference theory was computed beforehand, by another program, with 60 nodes of Gauss-Hermite quadrature, and
-  comes out with these. They leave 1 % on the ReLU's kink and 0.2 % on tanh; the closed form and 240 nodes do not.
+  comes out with these. They leave 1 % on the ReLU's kink and 0.2 % on tanh; the closed form and 400 nodes do not.
 - With softmax outputs the largest eigenvalue depends on the network's own outputs. Theory is taken once with these,
   and once with outputs drawn from the limiting Gaussian process.
 
@@ -82,7 +82,7 @@ class Plan:
 
 
 FULL = Plan(Sizes(width=300), (75, 150, 300, 600), (2, 3, 4, 6, 8), (5, 10, 20, 40, 80), networks=40, draws=200)
-QUICK = Plan(Sizes(width=60), (25, 70, 200), (2, 4), (5, 20), networks=16, draws=40)
+QUICK = Plan(Sizes(width=60), (25, 60, 150), (2, 3), (5, 20), networks=12, draws=40)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def draw_sweep(axis: Any, j: int, key: str, row: Sequence[Sizes], found: dict[En
     axis.set(xscale="linear" if key == "depth" else "log", yscale="log")
     axis.set_xlabel(f"{key} {fixed[key]}  ({label}, C = {row[0].outputs})")
     axis.set_xticks(x, labels=[str(value) for value in x])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
 
@@ -250,13 +250,12 @@ def draw_softmax(axis: Any, found: dict[Ensemble, Measured]) -> None:
         widths = [sizes.width for sizes in measured.softmax]
         scaled = np.array([values[:, 0] / sizes.scale for sizes, values in measured.softmax.items()])
         axis.errorbar(widths, scaled.mean(1), scaled.std(1, ddof=1), color=colour, fmt="o", markersize=4, capsize=2)
-        axis.axhline(measured.process.mean(), color=colour, linewidth=1.2, label=ensemble.name)
+        axis.axhline(measured.process.mean(), color=colour, linewidth=1.2)
         axis.axhspan(*np.quantile(measured.process, (0.05, 0.95)), color=colour, alpha=0.12, linewidth=0)
     axis.set(xscale="log", xlabel="width M", ylabel="largest eigenvalue / ($\\alpha$ M)", ylim=(0, None))
     axis.set_xticks(widths, labels=[str(width) for width in widths])
     axis.minorticks_off()
-    axis.set_title(f"softmax, C = {CLASSES}\n(band: 90 % of the process's draws)")
-    axis.legend(frameon=False)
+    axis.set_title(f"softmax, C = {CLASSES}\n(band: 90 % of the limiting process)")
 
 
 def draw_example(axis: Any, found: dict[Ensemble, Measured]) -> None:
