@@ -185,9 +185,9 @@ def test_measured_statistics_are_those_of_the_whole_matrix(wide, theory):
 
 
 def test_networks_have_the_variances_they_say(theory):
-    model, x = theory.network(theory.TANH, theory.Sizes(width=300, inputs=200), torch.Generator().manual_seed(0))
+    model, x = theory.network(theory.TANH, theory.Sizes(width=1000, inputs=200), torch.Generator().manual_seed(0))
     assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
-    for values, variance in ((model[0].weight, 3 / 300), (model[2].bias, 0.64), (x, 1.0)):
+    for values, variance in ((model[0].weight, 3 / 1000), (model[2].bias, 0.64), (x, 1.0)):
         error = variance * math.sqrt(2 / values.numel())
         assert abs(values.detach().square().mean().item() - variance) < 4 * error
 
@@ -234,6 +234,26 @@ def test_lines_end_where_the_noise_lets_them(wide):
     assert 20 <= outside <= 85
     powers, _ = wide.line(np.log(x), (5 * x**-0.5)[:, None] * np.array([[0.9, 1.1]]), logarithm=True)
     np.testing.assert_allclose(powers, [-0.5, math.log(5)])
+
+
+def _fabricated(wide, theory, factor):
+    """Measurements that are theory but for noise of 2 %, corrections in 1/M, and ``factor``."""
+    generator = np.random.default_rng(0)
+    linear = {}
+    for sizes in (theory.Sizes(width=width) for width in (75, 150, 300, 600)):
+        known = theory.statistics(theory.order_parameters(theory.TANH, 3), sizes)[[0, 1, 2, 2]]
+        noise = 0.02 * generator.normal(size=(20, 4)) * [1, 1, 0, 1]
+        linear[sizes] = factor * known * (1 + 5 / sizes.width + noise)
+        split = np.abs(1 + 0.1 * generator.normal(size=20)) / math.sqrt(sizes.width)
+        linear[sizes][:, 2] = linear[sizes][:, 3] * (1 + split)
+    found = wide.Measured(linear, {}, None, None)
+    return wide.linear_checks(theory.TANH, found, list(linear))
+
+
+def test_checks_hold_for_theory_and_for_nothing_else(wide, theory):
+    assert [check.passes for check in _fabricated(wide, theory, 1.0)] == [True] * 7
+    for factor in (0.9, 1.1):  # which an excess that is relative does not see
+        assert [check.passes for check in _fabricated(wide, theory, factor)] == [False] * 3 + [True] + [False] * 3
 
 
 def test_the_example(wide, tmp_path, capsys):
