@@ -20,8 +20,8 @@ inputs ``F = (1/N) sum_n sum_k grad f_k(x_n) grad f_k(x_n)^T`` has for M -> infi
 since its Gram form tends to ``(alpha M / N) K (x) 1_C``, ``K = (kappa1 - kappa2) 1_N + kappa2 11^T``: C eigenvalues
 are the largest, all others that are not zero are ``alpha M (kappa1 - kappa2) / N``. Softmax outputs g put the factors
 S_n of ``S_n S_n^T = Diag(g_n) - g_n g_n^T`` on both sides of K (x) 1_C (the same authors, "Pathological spectra of the
-Fisher information metric and its variants in deep neural networks", Neural Computation, 2021, who bound the largest
-eigenvalue of that; here it is computed).
+Fisher information metric and its variants in deep neural networks", Neural Computation, 2021); what
+comes of that has no closed form, and its eigenvalues are computed.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def draw(found: dict[Ensemble, Measured], descents: dict[Ensemble, Descent], pla
     for axis in axes.flat:
         axis.grid(alpha=0.3, linewidth=0.5)
     figure.suptitle("Fisher matrices of random networks: lines are the limit of infinite width, dots are means with SD")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=85)
 
 
 def draw_sweep(axis: Any, j: int, key: str, row: Sequence[Sizes], found: dict[Ensemble, dict[Sizes, Any]]) -> None:
