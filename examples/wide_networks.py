@@ -7,8 +7,8 @@ Measured over width, depth and number of inputs, by the Gram form of `fishopt.sp
   by a line in 1/M, whose end at 0 is held against theory, and the excess of the largest over that mean by a power of M.
 - The tolerance on what is measured is what chance explains: the 99.9 % interval of Student's t from the spread over
   the networks that were drawn; for a difference from the reference together with that of its five networks.
-- The reference theory was computed beforehand, by another program, with 60 nodes of Gauss-Hermite quadrature, and
-  comes out with these. They leave 1 % on the ReLU's kink and 0.2 % on tanh; the closed form and 400 nodes do not.
+- The reference theory, of another program, comes out to its last digit with 60 nodes of Gauss-Hermite quadrature, so
+  with these it is compared. They leave 1 % on the ReLU's kink and 0.2 % on tanh, against the closed form and 400 nodes.
 - With softmax outputs the largest eigenvalue depends on the network's own outputs. Theory is taken once with these,
   and once with outputs drawn from the limiting Gaussian process.
 

@@ -69,7 +69,7 @@ def test_moments_are_adaptive_integrals(theory, variance, covariance):
 
 
 def test_sixty_nodes_are_right_but_for_the_kink(theory):
-    """What the reference's numbers were computed with: off for the ReLU, not by much for tanh."""
+    """What the reference's numbers come out with: off for the ReLU, not by much for tanh."""
     for ensemble, low, high in ((theory.TANH, 1e-4, 4e-3), (theory.RELU, 5e-3, 2e-2)):
         crude = theory.quadrature(ensemble.phi, ensemble.derivative, 60)
         sizes = theory.Sizes()
@@ -118,7 +118,7 @@ def test_order_parameters_are_what_wide_networks_have(theory):
     """alpha kappa1 and alpha kappa2 are the neural tangent kernel over M; 4 standard errors, and 1/M for its bias."""
     for ensemble in (theory.TANH, theory.RELU):
         for depth in (2, 4):
-            found = _monte_carlo_kernel(ensemble, depth, 250, 60)
+            found = _monte_carlo_kernel(ensemble, depth, 250, 30)
             order = theory.order_parameters(ensemble, depth)
             expected = (depth - 1) * np.array([order.kappa1, order.kappa2])
             error = found.std(0, ddof=1) / math.sqrt(len(found))
