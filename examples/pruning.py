@@ -3,20 +3,28 @@
 Optimal brain damage (LeCun et al. 1990) removes the weights of the smallest saliency, here with the Fisher diagonal in
 the place of the Hessian's (Theis et al. 2018):
 
-    s_i = 1/2 F_i theta_i^2     the KL divergence of predictions (nats per input) that zeroing theta_i alone makes
+    s_i = 1/2 F_i theta_i^2     to second order the KL divergence of predictions (nats per input) without theta_i alone
 
-to second order. Compared are the estimators of F, from few and from many training inputs with one label or sign vector
-each (`"exact"` takes a column per class), magnitude |theta_i|, and random order: test accuracy on handwritten digits by
-the fraction of weights kept, biases left alone. Negative entries of I2 count as zero, as in `fisher_penalty`.
+Compared are the estimators of F, from few and from many training inputs with one label or sign vector each (`"exact"`
+takes a column per class), magnitude |theta_i|, and random order: test accuracy on handwritten digits by the fraction of
+weights kept, biases left alone. Negative entries of I2 count as zero, as in `fisher_penalty`.
+
+The saliency of a single weight is right to a percent. Many weights at once are another matter: their effects add up in
+the outputs, which the matrix's off-diagonal would know of and its diagonal does not. So the exact saliency from many
+inputs is the better order where at least 30% of the weights are kept. Against what the theory is cited for, magnitude
+is better where few are, and where the diagonal is from 16 inputs.
 
 A seed is a split of scikit-learn's 1,797 images, a start and an order; seeds share the images, so the p-values, of
-paired t-tests over seeds on the mean accuracy over all fractions, are a little too small. Writes out/pruning.png.
+paired one-sided t-tests over seeds, are a little too small. Writes out/pruning.png.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,7 +47,9 @@ COLOURS = dict(
     )
 )
 FEW, MANY = 16, 1024
-KEPT = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
+KEPT: tuple[float, ...] = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
+MOST, LEAST = slice(1, 5), slice(6, None)
+"""Of the fractions kept: 30 to 70%, 5 to 15%."""
 LEVEL = 0.05
 """Of the tests."""
 
@@ -47,13 +57,16 @@ Curves = dict[tuple[str, int], Tensor]
 """Test accuracy by order and number of inputs: ``[seed, fraction kept]``."""
 
 
-def trained(x: Tensor, y: Tensor, seed: int, epochs: int) -> nn.Sequential:
+def trained(x: Tensor, y: Tensor, generator: torch.Generator, epochs: int) -> nn.Sequential:
     """A network with two hidden layers, by Adam."""
-    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
+    for layer in (part for part in model if isinstance(part, nn.Linear)):  # torch's own bounds, from a generator
+        bound = layer.in_features**-0.5
+        for p in (layer.weight, layer.bias):
+            nn.init.uniform_(p, -bound, bound, generator=generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(64):
+        for rows in torch.randperm(len(x), generator=generator).split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
@@ -70,100 +83,129 @@ def saliency(theta: dict[str, Tensor], diagonal: dict[str, Tensor]) -> dict[str,
     return {name: 0.5 * diagonal[name].clamp_min(0) * value.square() for name, value in theta.items()}
 
 
-def pruned(model: nn.Module, score: dict[str, Tensor], kept: float, x: Tensor) -> Tensor:
-    """The network's output where only the fraction ``kept`` of its weights is left, those of the highest score."""
+def kept_of(score: dict[str, Tensor], kept: float) -> dict[str, Tensor]:
+    """Ones at the fraction ``kept`` of all weights, those of the highest score; zeros at the others."""
     flat = torch.cat([value.flatten() for value in score.values()])
-    keep = torch.zeros_like(flat)
+    ones = torch.zeros_like(flat)
     # By rank, not by a threshold: scores of zero may be many.
-    keep[flat.argsort(descending=True, stable=True)[: round(kept * len(flat))]] = 1.0
-    theta = weights(model)
-    masks = keep.split([value.numel() for value in theta.values()])
-    left = {name: value * mask.view_as(value) for (name, value), mask in zip(theta.items(), masks, strict=True)}
-    with torch.no_grad():
-        return torch.func.functional_call(model, left, (x,))
+    ones[flat.argsort(descending=True, stable=True)[: round(kept * len(flat))]] = 1.0
+    parts = ones.split([value.numel() for value in score.values()])
+    return {name: part.view_as(score[name]) for name, part in zip(score, parts, strict=True)}
 
 
 @torch.no_grad()
-def kl_without(model: nn.Module, x: Tensor, name: str, index: int) -> float:
-    """Mean KL divergence from the network's predictions to those without one weight (nats per input)."""
-    before = model(x).log_softmax(1)
-    left = weights(model)[name].clone()
-    left.view(-1)[index] = 0.0
-    after = torch.func.functional_call(model, {name: left}, (x,)).log_softmax(1)
+def outputs(model: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of the network with its weights times ``masks``."""
+    left = {name: weights(model)[name] * mask for name, mask in masks.items()}
+    return torch.func.functional_call(model, left, (x,)).log_softmax(1)
+
+
+def divergence(model: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> float:
+    """Mean KL divergence from the network's predictions to those of the masked one (nats per input)."""
+    before, after = outputs(model, x, {}), outputs(model, x, masks)
     return float((before.exp() * (before - after)).sum(1).mean())
 
 
 def single_weights(
     model: nn.Module, x: Tensor, score: dict[str, Tensor], count: int, generator: torch.Generator
 ) -> list[tuple[float, float]]:
-    """Saliency and the divergence that it stands for, of ``count`` weights of each layer."""
+    """Saliency and the divergence that it stands for, of ``count`` weights of each layer alone."""
     pairs = []
     for name, value in score.items():
         for i in torch.randperm(value.numel(), generator=generator)[:count].tolist():
-            pairs.append((float(value.view(-1)[i]), kl_without(model, x, name, i)))
+            mask = torch.ones_like(value)
+            mask.view(-1)[i] = 0.0
+            pairs.append((float(value.view(-1)[i]), divergence(model, x, {name: mask})))
     return pairs
 
 
-def run(seed: int, epochs: int, singles: int) -> tuple[dict[tuple[str, int], list[float]], list[tuple[float, float]]]:
-    """All orders on one network: test accuracy by fraction kept, and what single weights do."""
+def together(model: nn.Module, x: Tensor, score: dict[str, Tensor], kept: float) -> float:
+    """The divergence that pruning makes over the sum of the saliencies that are gone."""
+    masks = kept_of(score, kept)
+    gone = sum(float((value * (1 - masks[name])).sum()) for name, value in score.items())
+    return divergence(model, x, masks) / gone
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network.
+
+    Attributes:
+        curves: Test accuracy by fraction kept, for each order and number of inputs.
+        singles: Saliency and divergence of single weights.
+        together: Divergence over summed saliency where half of the weights, and a tenth, are kept.
+    """
+
+    curves: dict[tuple[str, int], list[float]]
+    singles: list[tuple[float, float]]
+    together: tuple[float, float]
+
+
+def run(seed: int, epochs: int, singles: int) -> Run:
+    """All orders on one network."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, labels, test_size=0.3, stratify=labels, random_state=seed)
     x, x_test, y, y_test = (torch.as_tensor(part) for part in parts)
-    model, generator = trained(x, y, seed, epochs), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = trained(x, y, generator, epochs)
     theta = weights(model)
-    order = torch.randperm(len(x), generator=generator)
     scores = {
         ("random", 0): {n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in theta.items()},
         ("magnitude", 0): {n: p.abs() for n, p in theta.items()},
     }
-    for inputs in (FEW, MANY):
-        rows = order[:inputs]
-        for name in ESTIMATORS:
-            targets = y[rows] if name == "empirical" else None
-            diagonal = fishopt.fisher_diagonal(
-                model, x[rows], "categorical", estimator=name, targets=targets, generator=generator
-            )
-            scores[name, inputs] = saliency(theta, diagonal)
-    curves = {
-        key: [float((pruned(model, score, kept, x_test).argmax(1) == y_test).double().mean()) for kept in KEPT]
-        for key, score in scores.items()
-    }
-    return curves, single_weights(model, x[order[:MANY]], scores["exact", MANY], singles, generator)
+    order = torch.randperm(len(x), generator=generator)
+    for rows, name in product((order[:FEW], order[:MANY]), ESTIMATORS):
+        targets = y[rows] if name == "empirical" else None
+        diagonal = fishopt.fisher_diagonal(
+            model, x[rows], "categorical", estimator=name, targets=targets, generator=generator
+        )
+        scores[name, len(rows)] = saliency(theta, diagonal)
+
+    def accuracy(masks: dict[str, Tensor]) -> float:
+        return float((outputs(model, x_test, masks).argmax(1) == y_test).double().mean())
+
+    curves = {key: [accuracy(kept_of(score, kept)) for kept in KEPT] for key, score in scores.items()}
+    seen, best = x[order[:MANY]], scores["exact", MANY]
+    pairs = single_weights(model, seen, best, singles, generator)
+    return Run(curves, pairs, (together(model, seen, best, 0.5), together(model, seen, best, 0.1)))
 
 
-def better(curves: Curves, first: tuple[str, int], second: tuple[str, int]) -> Check:
-    """Whether the first order's accuracy, averaged over the fractions kept, is above the second's."""
-    a, b = (curves[key][:, 1:].mean(1) for key in (first, second))
+def better(curves: Curves, first: tuple[str, int], second: tuple[str, int], part: slice) -> Check:
+    """Whether the first order's accuracy, averaged over some of the fractions kept, is above the second's."""
+    a, b = (curves[key][:, part].mean(1) for key in (first, second))
     words = " > ".join(f"{name} ({inputs} inputs)" if inputs else name for name, inputs in (first, second))
-    p = float(ttest_rel(a, b, alternative="greater").pvalue)
-    return Check(f"{words}, by {100 * float((a - b).mean()):.1f} points: p-value", LEVEL, p, relation="<=")
+    p, gain = float(ttest_rel(a, b, alternative="greater").pvalue), 100 * float((a - b).mean())
+    return Check(
+        f"{min(KEPT[part]):.0%}-{max(KEPT[part]):.0%}: {words}, by {gain:.1f} points: p", LEVEL, p, relation="<="
+    )
 
 
-def checks(curves: Curves, singles: list[tuple[float, float]]) -> list[Check]:
-    """The saliency's scale and order, and which order of pruning is better."""
-    predicted, measured = torch.tensor(singles, dtype=torch.float64).T
-    small = (predicted > 1e-9) & (predicted < predicted.median())
-    whole = curves["exact", MANY][:, 0].mean()
+def checks(curves: Curves, runs: list[Run]) -> list[Check]:
+    """The saliency's scale and order, and what comes of pruning many weights at once."""
+    predicted, measured = torch.tensor([pair for run in runs for pair in run.singles], dtype=torch.float64).T
+    seen = predicted > 1e-12  # some pixels are zero in all images
+    ratio = float((measured[seen] / predicted[seen]).median())
+    rank = float(spearmanr(measured, predicted).statistic)
+    half, tenth = (median(run.together[i] for run in runs) for i in (0, 1))
+    whole = float(curves["exact", MANY][:, 0].mean())
     return [
-        Check(
-            "single weights of small saliency: median of KL / saliency",
-            1.0,
-            float((measured[small] / predicted[small]).median()),
-            0.05,
-        ),
-        Check(
-            "all single weights: rank correlation of KL and saliency",
-            0.95,
-            float(spearmanr(measured, predicted).statistic),
-            relation=">=",
-        ),
-        Check("accuracy of the whole network", 0.95, float(whole), relation=">="),
-        better(curves, ("magnitude", 0), ("random", 0)),
-        better(curves, ("exact", MANY), ("magnitude", 0)),
-        better(curves, ("exact", FEW), ("I1", FEW)),
-        better(curves, ("hutchinson", FEW), ("I1", FEW)),
-        better(curves, ("exact", FEW), ("I2", FEW)),
-        better(curves, ("exact", FEW), ("magnitude", 0)),
+        Check("single weights: median of KL / saliency", 1.0, ratio, 0.05),
+        Check("single weights: rank correlation of KL and saliency", 0.95, rank, relation=">="),
+        Check("half of the weights pruned: KL / summed saliency", 3.0, half, relation=">="),
+        Check("all but a tenth pruned: KL / summed saliency", 10.0, tenth, relation=">="),
+        Check("accuracy of the whole network", 0.95, whole, relation=">="),
+        better(curves, ("magnitude", 0), ("random", 0), MOST),
+    ]
+
+
+def comparisons(curves: Curves) -> list[Check]:
+    """Which order is better; it takes all seeds to tell."""
+    return [
+        better(curves, ("exact", MANY), ("magnitude", 0), MOST),
+        better(curves, ("magnitude", 0), ("exact", MANY), LEAST),
+        better(curves, ("magnitude", 0), ("exact", FEW), MOST),
+        *(better(curves, ("exact", FEW), (name, FEW), MOST) for name in ("I1", "I2", "empirical")),
+        better(curves, ("hutchinson", FEW), ("I1", FEW), MOST),
     ]
 
 
@@ -175,7 +217,7 @@ def draw(curves: Curves, path: Path) -> None:
             if from_inputs in (0, inputs):
                 curve(axes, name, values)
         axes.set(xscale="log", title=f"Fisher diagonal from {inputs} inputs", xlabel="weights kept")
-        axes.set_xticks(KEPT, [f"{kept:.0%}" if kept not in (0.7, 0.4, 0.15, 0.07) else "" for kept in KEPT])
+        axes.set_xticks(KEPT, [f"{kept:.0%}" if kept not in {0.7, 0.4, 0.15, 0.07} else "" for kept in KEPT])
         axes.minorticks_off()
         axes.invert_xaxis()
         axes.grid(alpha=0.3, linewidth=0.5)
@@ -199,16 +241,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, prunes, checks, prints, saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--quick", action="store_true", help="4 seeds of 15 epochs")
+    parser.add_argument("--quick", action="store_true", help="2 seeds of 15 epochs, too few to compare orders by")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     options = parser.parse_args(arguments)
-    seeds, epochs, singles = (4, 15, 20) if options.quick else (12, 40, 100)
+    seeds, epochs, singles = (2, 15, 20) if options.quick else (20, 40, 50)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the matrices are small
 
-    found = [run(options.seed + i, epochs, singles) for i in tqdm(range(seeds), unit="seed")]
-    curves = {key: torch.tensor([run_curves[key] for run_curves, _ in found]) for key in found[0][0]}
-    show("Pruning by Fisher saliency", checks(curves, [pair for _, pairs in found for pair in pairs]))
+    runs = [run(options.seed + i, epochs, singles) for i in tqdm(range(seeds), unit="seed")]
+    curves = {key: torch.tensor([one.curves[key] for one in runs]) for key in runs[0].curves}
+    show("Pruning by Fisher saliency", checks(curves, runs))
+    if not options.quick:
+        show("Accuracy by order, over the fractions of weights kept", comparisons(curves))
     draw(curves, options.out / "pruning.png")
     print(f"picture: {(options.out / 'pruning.png').resolve()}")
 

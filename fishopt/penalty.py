@@ -23,7 +23,8 @@ def fisher_penalty(model: nn.Module, anchor: Mapping[str, Tensor], diagonal: Map
 
     An estimate by I2 may have negative entries, under which the loss would fall without end as a parameter runs away.
     They count as zero: no Fisher information is below zero, so that brings each such entry nearer to what it
-    estimates. It biases the diagonal upwards; ``"exact"`` needs none of it, I2 of more inputs or labels less.
+    estimates. But it biases the diagonal upwards, and leaves those parameters free at every strength: ``"exact"`` and
+    ``"hutchinson"`` have no such entries, and protect better.
 
     Args:
         model: The network in training.
