@@ -106,7 +106,7 @@ def draw(found: dict[str, Results], sizes: Sizes, path: Path) -> None:
         axes[1].set(title=f"{name}: by inputs")
         for axis in axes:
             axis.grid(alpha=0.3, linewidth=0.5)
-    figure.axes[0].legend(frameon=False, loc="lower left")
+    figure.axes[0].legend(frameon=False, loc="lower left", title="line: every strength\nmark: the chosen one")
     figure.suptitle(f"Digits 0-4, then 5-9: test accuracy, mean and standard error of {sizes.seeds} seeds")
     figure.savefig(path, dpi=110)
 

@@ -48,7 +48,7 @@ def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("name", "passes"), [("continual", 10), ("pruning", 6)])
+@pytest.mark.parametrize(("name", "passes"), [("continual", 8), ("pruning", 5)])
 def test_a_quick_run_checks_out(name, passes, request, tmp_path, capsys):
     request.getfixturevalue(name).main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
