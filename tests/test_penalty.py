@@ -136,8 +136,12 @@ def test_zero_is_nearer_to_what_is_estimated_than_a_negative_entry():
 def test_it_takes_what_fisher_diagonal_returns(dtype):
     """Of half precision the diagonal is float32; the gradient is the parameter's."""
     model, anchor, diagonal = _case(dtype)
+    _moved(model, 1000)  # squares that float16 does not hold
     value = fisher_penalty(model, anchor, diagonal)
     assert value.dtype is torch.float32
+    steps = {name: p.detach().double() - anchor[name].double() for name, p in model.named_parameters()}
+    expected = sum(float((diagonal[name].double() * step.square()).sum()) for name, step in steps.items()) / 2
+    assert value.item() == pytest.approx(expected, rel=1e-5)
     value.backward()
     for name, p in model.named_parameters():
         assert p.grad.dtype is dtype
@@ -240,6 +244,13 @@ NAN, INF = float("nan"), float("inf")
 def test_bad_input(change, error, words):
     with pytest.raises(error, match=words):
         fisher_penalty(*change(*_case()))
+
+
+def test_large_values_are_not_taken_for_infinite_ones():
+    model, anchor, diagonal = _case()
+    anchor["0.bias"] = torch.full_like(anchor["0.bias"], 0.9 * torch.finfo(torch.float64).max)
+    assert not anchor["0.bias"].sum().isfinite()
+    fisher_penalty(model, anchor, {"0.bias": 0 * diagonal["0.bias"]})
 
 
 def test_a_diverged_model_is_not_the_penaltys_to_refuse():
