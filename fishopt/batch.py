@@ -182,23 +182,46 @@ class Batch:
         if not names:
             _ = self.structure  # which says so if the model cannot be run
             with torch.no_grad():
-                self._bound(self.shadow.run(self.inputs), slice(0, len(self)))
+                self.bound(self.shadow.run(self.inputs), slice(0, len(self)))
             return
-        step = len(self) if self.structure.needs_all else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
+        step = self._step
         if per_input:
             size = sum(self.shadow.parameters[name].numel() for name in names)
             step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
+        for rows, part in self._parts(step):
+            with open_pass(self.shadow, part, names) as through:
+                yield Chunk(through, *self.bound(through.outputs, rows), rows)
+
+    def parts(self) -> Iterator[tuple[slice, Arguments]]:
+        """The inputs, as many at a time as the memory for activations takes."""
+        return self._parts(self._step)
+
+    @property
+    def _step(self) -> int:
+        """Inputs that may go through the network together."""
+        return len(self) if self.structure.needs_all else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
+
+    def _parts(self, step: int) -> Iterator[tuple[slice, Arguments]]:
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
-            part = self.inputs if step >= len(self) else self.inputs.take(rows)
-            with open_pass(self.shadow, part, names) as through:
-                yield Chunk(through, *self._bound(through.outputs, rows), rows)
+            yield rows, self.inputs if step >= len(self) else self.inputs.take(rows)
+
+    @contextmanager
+    def whole(self) -> Iterator[Chunk]:
+        """One pass over all of the inputs, for what relates any two of them.
+
+        Raises:
+            ValueError: If the network's output does not fit the likelihood.
+        """
+        rows = slice(0, len(self))
+        with open_pass(self.shadow, self.inputs, self.names) as through:
+            yield Chunk(through, *self.bound(through.outputs, rows), rows)
 
     def zeros(self, names: Sequence[str]) -> Diagonal:
         """A diagonal of zeros."""
         return {name: torch.zeros_like(self.shadow.parameters[name]) for name in names}
 
-    def _bound(self, outputs: Tensor, rows: slice) -> tuple[Likelihood, Tensor]:
+    def bound(self, outputs: Tensor, rows: slice) -> tuple[Likelihood, Tensor]:
         """The likelihood of some of the inputs, and their natural parameters.
 
         Raises:

@@ -189,6 +189,34 @@ def fewest_columns(columns: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
 
 
+def request(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    estimator: str,
+    options: Sequence[str],
+    samples: int,
+    targets: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Batch, Draw]:
+    """The checked arguments of a call that estimates something from one batch.
+
+    Raises:
+        ValueError: If an argument does not fit, or ``estimator`` is none of ``options``.
+        TypeError: If one is of the wrong kind.
+    """
+    checked_option("estimator", estimator, options)
+    checked_samples(samples)
+    checked_generator(generator)
+    batch = Batch.of(model, inputs, likelihood, targets)
+    if targets is not None and estimator != "empirical" and not batch.is_masked:
+        raise ValueError(
+            "targets is for estimator='empirical', and where positions or inputs are to be ignored; "
+            f"estimator={estimator!r} draws labels itself"
+        )
+    return batch, Draw(samples, generator, targets)
+
+
 @apart()
 def fisher_diagonal(
     model: nn.Module,
@@ -225,15 +253,6 @@ def fisher_diagonal(
         ValueError: If an argument does not fit: unknown estimator or likelihood, outputs of another shape, no inputs.
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
-    checked_option("estimator", estimator, tuple(ESTIMATORS))
-    checked_samples(samples)
-    checked_generator(generator)
-    batch = Batch.of(model, inputs, likelihood, targets)
-    if targets is not None and estimator != "empirical" and not batch.is_masked:
-        raise ValueError(
-            "targets is for estimator='empirical', and where positions or inputs are to be ignored; "
-            f"estimator={estimator!r} draws labels itself"
-        )
-    draw = Draw(samples, generator, targets)
+    batch, draw = request(model, inputs, likelihood, estimator, tuple(ESTIMATORS), samples, targets, generator)
     found = estimate(batch, by_structure({estimator: batch.names}, batch.structure, batch.coverage), draw)
     return {name: found[name] for name in batch.names}

@@ -1,4 +1,4 @@
-"""Bounds for groups of parameters jointly: Corollary 4.6, in forms that hold, and the full spectra of Theorem D.1.
+"""Bounds for several parameters jointly: Corollary 4.6, in forms that hold, the full spectra of Theorem D.1, and pairs.
 
 The paper prints the first argument of its minima with a singular value to the first power. That is not homogeneous: the
 left side is of degree two in the Jacobian, so scaling the network's output up breaks it (a test shows by how much). The
@@ -17,10 +17,14 @@ from fishopt.batch import Batch, apart
 from fishopt.checks import check_flag, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
-from fishopt.passes import Pass
+from fishopt.passes import Arguments, Pass, open_pass
+from fishopt.passes.functional import FunctionalPass
 from fishopt.variance import SIDES, bound_factor, squared_norm_per_input
 
 QUANTITIES = ("fisher", "I1", "I2")
+
+DENSE_LIMIT = 2048
+"""Parameters up to which there may be a number for any two of them."""
 
 
 @apart()
@@ -78,6 +82,62 @@ def trace_bound(
             total = total.to(value) + value.sum()
         totals[group] = total / batch.observations
     return totals
+
+
+@apart()
+def off_diagonal_bound(model: nn.Module, inputs: Any, likelihood: Any, *, estimator: str) -> Tensor:
+    """The bound of Theorem C.1 on the label variance of any entry of an estimated matrix, averaged over the batch.
+
+    For one label, with ``gamma`` bounding ``u^a v^b u^c v^d M_abcd`` over unit vectors u and v:
+
+    - I1: ``|d_i h|^2 |d_j h|^2 gamma``. As K is symmetric its form is largest where u = v, so that of M is at most
+      ``min(lambda(M) + lambda_max(I)^2, B lambda_max(I))``, with lambda(M) the bound of Theorem 4.1 and B that of
+      Proposition 4.3 [ours];
+    - I2: ``|d_ij^2 h|^2 lambda_max(I)``.
+
+    Args:
+        model: The network. Freeze what is not asked for: there is a number for any two trainable parameters.
+        inputs: A tensor, or a tuple of tensors, with one row per input.
+        likelihood: A `Likelihood`, its name, or the torch loss module in use.
+        estimator: ``"I1"`` or ``"I2"``.
+
+    Returns:
+        ``[P, P]`` over the P entries of the trainable parameters in a row, in the model's order.
+
+    Raises:
+        ValueError: If an argument does not fit, or there are more than 2,048 entries.
+        TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
+    """
+    checked_option("estimator", estimator, ("I1", "I2"))
+    batch = Batch.of(model, inputs, likelihood)
+    size = sum(batch.shadow.parameters[name].numel() for name in batch.names)
+    if size > DENSE_LIMIT:
+        raise ValueError(
+            f"model has {size:,} trainable parameters, and any two of them an entry; freeze all but {DENSE_LIMIT:,}"
+        )
+    pairs = _score_pairs if estimator == "I1" else _hessian_pairs
+    total: Tensor | float = 0.0
+    for rows, part in batch.parts():
+        total = total + pairs(batch, rows, part)
+    return torch.as_tensor(total / batch.observations)
+
+
+def _score_pairs(batch: Batch, rows: slice, part: Arguments) -> Tensor:
+    with open_pass(batch.shadow, part, batch.names) as through:
+        likelihood, h = batch.bound(through.outputs, rows)
+        norms = _flat(squared_norm_per_input(through, h))
+    largest = likelihood.covariance_spectrum(h).upper
+    gamma = torch.minimum(
+        likelihood.quartic_spectrum(h, tight=True).upper + largest.square(), likelihood.radius(h) * largest
+    )
+    return (norms * gamma[:, None]).T @ norms
+
+
+def _hessian_pairs(batch: Batch, rows: slice, part: Arguments) -> Tensor:
+    through = FunctionalPass(batch.shadow, part, batch.names)
+    likelihood, h = batch.bound(through.outputs, rows)
+    squares = torch.stack([through.hessians(unit).square() for unit in unit_columns(h)]).sum(0)
+    return (squares * likelihood.covariance_spectrum(h).upper[:, None, None]).sum(0)
 
 
 def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectrum: bool) -> Tensor:

@@ -17,12 +17,15 @@ ORDER = [
     "estimators",
     "variance",
     "traces",
+    "spectrum",
     "empirical",
     "judging",
     "selection",
     "plotting",
     "report",
     "optim",
+    "penalty",
+    "diagnostics",
 ]
 
 

@@ -12,7 +12,8 @@ from fishopt.batch import apart
 from fishopt.likelihoods import Likelihood
 from fishopt.optim.quadratic import inner
 from fishopt.optim.recorder import Record
-from fishopt.optim.replica import Direction, Replica
+from fishopt.optim.replica import Replica
+from fishopt.passes import Direction
 
 
 class Objective:

@@ -13,6 +13,7 @@ from fishopt.passes.base import (
     signs,
 )
 from fishopt.passes.coverage import WAYS, Coverage, coverage_of
+from fishopt.passes.products import Direction, pulled, pushed
 from fishopt.passes.routed import open_pass
 from fishopt.passes.shadow import Shadow, unwrapped, widened
 from fishopt.passes.structure import Structure
@@ -23,6 +24,7 @@ __all__ = [
     "CoupledInputsError",
     "Coverage",
     "Diagonal",
+    "Direction",
     "NoSecondDerivativesError",
     "Pass",
     "Shadow",
@@ -31,6 +33,8 @@ __all__ = [
     "add",
     "coverage_of",
     "open_pass",
+    "pulled",
+    "pushed",
     "signs",
     "unwrapped",
     "widened",

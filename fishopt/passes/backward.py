@@ -126,6 +126,18 @@ class Backward(Pass, ABC):
 
     # --- first derivatives ---
 
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        found = {name: one.formed(slice(0, one.count)) for name, one in self._per_input(columns, names).items()}
+        return {name: g.reshape(*g.shape[:2], *self._parameters[name].shape) for name, g in found.items()}
+
+    def gram(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Tensor:
+        return torch.stack([one.gram() for one in self._per_input(columns, names).values()]).sum(0)
+
+    def _per_input(self, columns: Tensor, names: Sequence[str] | None) -> dict[str, PerInput]:
+        """Of all columns at once, where any two of them meet."""
+        (cotangents,) = self._backward(columns, self._of(names), at_once=len(columns))
+        return {name: self._gradients(name, cotangents) for name in (self.names if names is None else names)}
+
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         total: Diagonal = {}
         sums: dict[int, Tensor] = {}

@@ -1,11 +1,12 @@
 """The contract of a pass: one forward through the network, then two primitives of its output's derivatives.
 
-Every estimator, variance and bound of this package is made of these two, with other cotangents ``c`` at the output:
+Every estimator, variance and bound of a diagonal is made of these two, with other cotangents ``c`` at the output:
 
     squared VJP         q_i(c) = ((d h / d theta_i)^T c)^2
     Hessian diagonal    r_i(c) = sum_a c_a d^2 h_a / d theta_i^2
 
-and of their squares, summed over inputs. A new way through the network is one subclass of `Pass`.
+and of their squares, summed over inputs. What relates two inputs, as the Gram matrix of scores does, takes the VJPs
+themselves. A new way through the network is one subclass of `Pass`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,27 @@ class Pass(ABC):
 
     def close(self) -> None:  # noqa: B027 - not every engine holds any
         """Lets go of the activations."""
+
+    @abstractmethod
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        """``(d h / d theta_i)^T c``, the squared VJP before its square: ``[K, N, *shape]``.
+
+        Args:
+            columns: Cotangents of shape ``[K, N, T]``.
+            names: The parameters.
+        """
+
+    def gram(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Tensor:
+        """Inner products, over all parameters, of the VJPs of any two inputs and columns: ``[K, N, K, N]``.
+
+        Args:
+            columns: Cotangents of shape ``[K, N, T]``.
+            names: The parameters.
+        """
+        total = columns.new_zeros(*columns.shape[:2], *columns.shape[:2])
+        for name in self.names if names is None else names:
+            total += gram_of(self.vjp(columns, names=[name])[name])
+        return total
 
     @abstractmethod
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
@@ -201,6 +223,14 @@ def add(total: Diagonal, found: Diagonal) -> Diagonal:
         else:
             total[name] = value
     return total
+
+
+def gram_of(gradients: Tensor, others: Tensor | None = None) -> Tensor:
+    """Inner products of gradients ``[K, n, *shape]`` with others ``[K, m, *shape]``: ``[K, n, K, m]``."""
+    k, n = gradients.shape[:2]
+    left = gradients.reshape(k * n, -1)
+    right = left if others is None else others.reshape(k * others.shape[1], -1)
+    return (left @ right.T).reshape(k, n, k, -1)
 
 
 def cost_with(sketch: Sketch | None, exact: int) -> int:

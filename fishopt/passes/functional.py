@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, quiet_fallbacks, second_derivatives, signs
@@ -38,6 +38,16 @@ class FunctionalPass(Pass):
         self._rest = {name: tensor.detach() for name, tensor in held.items() if name not in self._wanted}
         with torch.no_grad():
             self.outputs = shadow.run(inputs).detach()
+
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        wanted = self._some(names)
+
+        def gradients(c: Tensor, *x: Tensor) -> Parameters:
+            found = [grad(self._inner_product)(wanted, one, *x) for one in c.unbind(0)]
+            return {name: torch.stack([g[name] for g in found]) for name in wanted}
+
+        found = self._in_chunks(gradients, columns.transpose(0, 1), wanted, per_input=True)
+        return {name: g.transpose(0, 1) for name, g in found.items()}
 
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         wanted = self._some(names)
@@ -124,6 +134,23 @@ class FunctionalPass(Pass):
             units = torch.nn.functional.one_hot(chosen, size).to(parameter.dtype).reshape(-1, *parameter.shape)
             parts.append(_over_inputs(self._entries(name, units), cotangent, *self._inputs).detach())
         return torch.cat(parts, dim=1).reshape(-1, *parameter.shape)
+
+    def hessians(self, cotangent: Tensor) -> Tensor:
+        """The Hessian of ``<c, h>`` in all parameters in a row, for each input: ``[N, P, P]``."""
+        sizes = [p.numel() for p in self._wanted.values()]
+        flat = torch.cat([p.flatten() for p in self._wanted.values()])
+
+        def of_one_input(c: Tensor, *x: Tensor) -> Tensor:
+            def inner_product(theta: Tensor) -> Tensor:
+                parts = zip(self._wanted.items(), theta.split(sizes), strict=True)
+                return self._inner_product({name: part.reshape(p.shape) for (name, p), part in parts}, c, *x)
+
+            found: Tensor = hessian(inner_product)(flat)
+            return found
+
+        with second_derivatives():
+            whole: Tensor = _over_inputs(of_one_input, cotangent, *self._inputs)
+        return whole.detach()
 
     def _entries(self, name: str, units: Tensor) -> Callable[..., Tensor]:
         """Diagonal entries of one input's Hessian, for some unit vectors."""

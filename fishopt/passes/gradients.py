@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishopt.passes.base import quiet_fallbacks
+from fishopt.passes.base import gram_of, quiet_fallbacks
 
 MAX_ELEMENTS = 2**21
 """Numbers in the per-input gradients, or in their factors, that are formed at a time: few enough for a cache."""
+
+MAX_GRAM_ELEMENTS = 2**26
+"""Numbers in the gradients that are formed at a time where any two inputs meet: few enough for the memory."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,17 @@ class PerInput(ABC):
             total += part.sum(0)
         return total.reshape(self.shape)
 
+    def gram(self) -> Tensor:
+        """Inner products of any two of them: ``[K, N, K, N]``."""
+        step = max(1, MAX_GRAM_ELEMENTS // self.width)
+        blocks = [slice(start, min(start + step, self.count)) for start in range(0, self.count, step)]
+        if len(blocks) == 1:
+            return gram_of(self.formed(blocks[0]))
+        return torch.cat([self._gram_rows(self.formed(rows), blocks) for rows in blocks], dim=1)
+
+    def _gram_rows(self, some: Tensor, blocks: Sequence[slice]) -> Tensor:
+        return torch.cat([gram_of(some, self.formed(rows)) for rows in blocks], dim=3)
+
 
 class Formed(PerInput):
     """Small enough to be there as a whole, as a bias's are: ``values`` is ``[K, N, *shape]``."""
@@ -137,6 +151,10 @@ class RankOne(PerInput):
         if per_input:
             return (left[:, :, None] * right[:, None, :]).reshape(self.count, *self.shape)
         return (left.mT @ right).reshape(self.shape)
+
+    def gram(self) -> Tensor:
+        # <g u^T, g' u'^T> = <g, g'> <u, u'>
+        return gram_of(self._g) * (self._u @ self._u.T)[:, None]
 
 
 class Summed(PerInput):
@@ -210,6 +228,12 @@ class Scattered(PerInput):
             return whole
         return found.new_zeros(self.shape).index_add_(0, self._rows, found)
 
+    def gram(self) -> Tensor:
+        used, place = self._rows.unique(return_inverse=True)
+        found = self._values.new_zeros(self.columns, self.count, len(used), self.shape[1])
+        found[:, self._inputs, place] = self._values
+        return gram_of(found)
+
 
 class Transposed(PerInput):
     """Those of a matrix's transpose."""
@@ -223,6 +247,9 @@ class Transposed(PerInput):
 
     def reduced(self, reduction: Reduction, *, per_input: bool) -> Tensor:
         return self._inner.reduced(reduction, per_input=per_input).mT
+
+    def gram(self) -> Tensor:
+        return self._inner.gram()
 
 
 class Joined(PerInput):

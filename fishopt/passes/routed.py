@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -97,9 +97,21 @@ class RoutedPass(Pass):
         for engine in self._engines.values():
             engine.close()
 
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        leading = columns.shape[:2]
+        return self._by_way(names, lambda engine, own: engine.vjp(columns, names=own), leading=leading)
+
+    def gram(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Tensor:
+        total = columns.new_zeros(*columns.shape[:2], *columns.shape[:2])
+        for engine, own in self._asked(names):
+            total += engine.gram(columns, names=own)
+        return total
+
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         return self._by_way(
-            names, lambda engine, own: engine.squared_vjp(columns, names=own, per_input=per_input), per_input=per_input
+            names,
+            lambda engine, own: engine.squared_vjp(columns, names=own, per_input=per_input),
+            leading=(self._count,) if per_input else (),
         )
 
     def hessian_diagonal(
@@ -113,7 +125,7 @@ class RoutedPass(Pass):
         return self._by_way(
             names,
             lambda engine, own: engine.hessian_diagonal(cotangent, names=own, per_input=per_input, sketch=sketch),
-            per_input=per_input,
+            leading=(self._count,) if per_input else (),
         )
 
     def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
@@ -135,17 +147,21 @@ class RoutedPass(Pass):
         names: Sequence[str] | None,
         ask: Callable[[Pass, list[str]], Diagonal],
         *,
-        per_input: bool = False,
+        leading: Sequence[int] = (),
     ) -> Diagonal:
         found: Diagonal = {}
-        wanted = self.names if names is None else names
-        for way, engine in self._engines.items():
-            own = [name for name in wanted if self._way_of[name] == way]
-            if own:
-                found.update(ask(engine, own))
-        leading = (self._count,) if per_input else ()
-        for name in wanted:  # what the output does not depend on
+        for engine, own in self._asked(names):
+            found.update(ask(engine, own))
+        for name in self.names if names is None else names:  # what the output does not depend on
             if name not in found:
                 p = self._shadow.parameters[name]
                 found[name] = p.new_zeros((*leading, *p.shape))
         return found
+
+    def _asked(self, names: Sequence[str] | None) -> Iterator[tuple[Pass, list[str]]]:
+        """The engines that are needed, each with its own of the parameters."""
+        wanted = self.names if names is None else names
+        for way, engine in self._engines.items():
+            own = [name for name in wanted if self._way_of[name] == way]
+            if own:
+                yield engine, own

@@ -68,6 +68,14 @@ class RowwisePass(_Plain):
         if gap > 30 * torch.finfo(alone.dtype).eps ** 0.5 * torch.linalg.vector_norm(alone):
             raise CoupledInputsError("model output for an input depends on the other inputs of the batch")
 
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
+        def of_one(h: Tensor, n: int, wanted: Sequence[str]) -> Diagonal:
+            found = [self._gradient(h, column, wanted) for column in columns[:, n]]
+            return {name: torch.stack([g[name] for g in found]) for name in wanted}
+
+        found = self._over_inputs(of_one, names, per_input=True)
+        return {name: g.transpose(0, 1) for name, g in found.items()}
+
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         def of_one(h: Tensor, n: int, wanted: Sequence[str]) -> Diagonal:
             total: Diagonal = {}
@@ -136,13 +144,17 @@ class PooledPass(_Plain):
     number.
     """
 
-    def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
+    def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
         wanted = self.names if names is None else tuple(names)
+        raise CoupledInputsError(
+            f"model parameters {', '.join(map(repr, wanted[:3]))} have no derivatives per input: the model couples "
+            "the inputs of a batch, or runs on whole batches alone"
+        )
+
+    def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         if per_input:
-            raise CoupledInputsError(
-                f"model parameters {', '.join(map(repr, wanted[:3]))} have no derivatives per input: the model couples "
-                "the inputs of a batch, or runs on whole batches alone"
-            )
+            self.vjp(columns, names=names)
+        wanted = self.names if names is None else tuple(names)
         h, total = self._forward(self._inputs), dict[str, Tensor]()
         for column in columns:
             add(total, {name: g.square() for name, g in self._gradient(h, column, wanted).items()})

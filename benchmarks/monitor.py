@@ -1,0 +1,77 @@
+"""What `TrainingMonitor` costs: ``python -m benchmarks.monitor``.
+
+One network of MNIST's size, batches of 128 random inputs, SGD. Blocks of steps with and without the monitor take turns,
+each block as long as the monitor's pace, so that each has one measurement; a pair of blocks gives one ratio.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from statistics import quantiles
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fishopt.diagnostics import TrainingMonitor
+
+LOSS = nn.CrossEntropyLoss()
+
+
+class Training:
+    """Steps on random data, all alike."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        widths = (784, 256, 256, 128)
+        layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.model = nn.Sequential(*layers, nn.Linear(widths[-1], 10))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        self.x, self.y = torch.randn(128, 784), torch.randint(10, (128,))
+
+    def steps(self, count: int) -> float:
+        """Seconds that so many steps take."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            LOSS(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def ratios(every: int | None, blocks: int) -> tuple[int, list[float]]:
+    """The pace, and for each pair of blocks the time with the monitor over the time without."""
+    plain, watched = Training(), Training()
+    options = {} if every is None else {"every": every}
+    monitor = TrainingMonitor(watched.model, LOSS, watched.optimizer, **options)
+    pace = monitor.every
+    for training in (plain, watched):
+        training.steps(pace)  # the first measurement also finds out how to go through the network
+    found = []
+    for i in range(blocks):
+        # In both orders, so that a machine that slows down favours neither.
+        first, second = (plain, watched) if i % 2 else (watched, plain)
+        seconds = {id(training): training.steps(pace) for training in (first, second)}
+        found.append(seconds[id(watched)] / seconds[id(plain)])
+    return pace, found
+
+
+@click.command()
+@click.option("--every", type=int, default=None, help="steps between measurements; the default pace if not given")
+@click.option("--blocks", type=int, default=40, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+def main(every: int | None, blocks: int, threads: int) -> None:
+    """Prints the ratio of training time with the monitor to that without."""
+    torch.set_num_threads(threads)
+    pace, found = ratios(every, blocks)
+    low, middle, high = quantiles(found, n=4)
+    table = Table("pace", "pairs of blocks", "lower quartile", "median", "upper quartile")
+    table.add_row(str(pace), str(blocks), *(f"{value:.4f}" for value in (low, middle, high)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

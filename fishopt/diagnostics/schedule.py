@@ -1,0 +1,110 @@
+"""Batches that grow in training, in stages or with the gradient's noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from fishopt.checks import checked_generator
+from fishopt.diagnostics.monitor import TrainingMonitor
+from fishopt.optim.checks import whole
+
+WINDOW = 4
+"""Measurements that a larger batch is decided on."""
+
+
+class BatchSizeSchedule(Sampler[list[int]]):
+    """Batches of a data set in random order, which grow in training: a ``batch_sampler`` for torch's ``DataLoader``.
+
+    Either in stages of equal numbers of inputs, as Liao et al. (2020) run what they call dynamic sampling, or by the
+    noise of the gradient as a monitor measures it. Then the batch is of the next size once, at the present one and on
+    average over at least `WINDOW` measurements,
+
+        tr Cov / B > |g|^2 / 2,    g the gradient of the batch,
+
+    the norm test of Byrd et al. (2012) at a half: by expectation it is B below the noise scale ``tr Cov / |E g|^2``, up
+    to which more inputs to a step pay (McCandlish et al., 2018). The size is asked for when a batch begins; workers
+    that load ahead lag behind by that.
+
+    Attributes:
+        size: Of the next batch.
+        seen: Inputs that were handed out.
+
+    Args:
+        count: Inputs in the data set.
+        sizes: Batch sizes, in the order in which they are taken.
+        epochs: Passes over the data that the stages divide among them; None with a monitor.
+        monitor: What measures the noise; None for stages.
+        generator: The order's source of randomness; torch's global one if None.
+
+    Raises:
+        ValueError: If an argument does not fit, or not exactly one of ``epochs`` and ``monitor`` is given.
+        TypeError: If one is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        sizes: Sequence[int] = (16, 32, 64, 128, 256),
+        epochs: int | None = None,
+        monitor: TrainingMonitor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        whole("count", count)
+        if not sizes:
+            raise ValueError(f"sizes={sizes!r} is empty; pass one batch size or more")
+        for size in sizes:
+            whole("sizes", size)
+        if (epochs is None) == (monitor is None):
+            raise ValueError(
+                f"epochs={epochs!r} and monitor={monitor!r}: pass one of them, epochs for stages of equal length or a "
+                "TrainingMonitor for batches that grow with the gradient's noise"
+            )
+        if epochs is not None:
+            whole("epochs", epochs)
+        if monitor is not None and not isinstance(monitor, TrainingMonitor):
+            raise TypeError(f"monitor={monitor!r}: pass a fishopt.TrainingMonitor")
+        self._count, self._sizes, self._epochs, self._monitor = count, tuple(sizes), epochs, monitor
+        self._generator = checked_generator(generator)
+        self.seen = self._stage = self._since = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One pass over the data; the last batch may be smaller."""
+        order, start = torch.randperm(self._count, generator=self._generator).tolist(), 0
+        while start < self._count:
+            rows = order[start : start + self.size]
+            start += len(rows)
+            self.seen += len(rows)
+            yield rows
+
+    def __len__(self) -> int:
+        """Batches in the next pass; with a monitor if the size stays as it is."""
+        if self._epochs is None:
+            return math.ceil(self._count / self.size)
+        batches, start = 0, 0
+        while start < self._count:
+            start += self._planned(self.seen + start)
+            batches += 1
+        return batches
+
+    @property
+    def size(self) -> int:
+        """See above."""
+        if self._monitor is None:
+            return self._planned(self.seen)
+        if self._stage + 1 < len(self._sizes) and self._is_noisy(self._monitor):
+            self._stage, self._since = self._stage + 1, len(self._monitor.history)
+        return self._sizes[self._stage]
+
+    def _planned(self, seen: int) -> int:
+        total = self._count * (self._epochs or 1)
+        return self._sizes[min(seen * len(self._sizes) // total, len(self._sizes) - 1)]
+
+    def _is_noisy(self, monitor: TrainingMonitor) -> bool:
+        recent = [one for one in monitor.history[self._since :] if one.batch_size > 1][-WINDOW:]
+        noise = sum(one.gradient_variance / one.batch_size for one in recent)
+        return len(recent) == WINDOW and noise > sum(one.gradient_square for one in recent) / 2
