@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,6 +27,9 @@ class BatchSizeSchedule(Sampler[list[int]]):
     the norm test of Byrd et al. (2012) at a half: by expectation it is B below the noise scale ``tr Cov / |E g|^2``, up
     to which more inputs to a step pay (McCandlish et al., 2018). The size is asked for when a batch begins; workers
     that load ahead lag behind by that.
+
+    The last batch of a pass takes what is left, between half and one and a half times the size: a remainder of a few
+    inputs would make as long a step as a whole batch, on very noisy gradients.
 
     Attributes:
         size: Of the next batch.
@@ -73,21 +75,20 @@ class BatchSizeSchedule(Sampler[list[int]]):
         self.seen = self._stage = self._since = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One pass over the data; the last batch may be smaller."""
-        order, start = torch.randperm(self._count, generator=self._generator).tolist(), 0
-        while start < self._count:
-            rows = order[start : start + self.size]
-            start += len(rows)
-            self.seen += len(rows)
+        """One pass over the data."""
+        order = torch.randperm(self._count, generator=self._generator).tolist()
+        while order:
+            taken = _taken(len(order), self.size)
+            rows, order = order[:taken], order[taken:]
+            self.seen += taken
             yield rows
 
     def __len__(self) -> int:
         """Batches in the next pass; with a monitor if the size stays as it is."""
-        if self._epochs is None:
-            return math.ceil(self._count / self.size)
-        batches, start = 0, 0
+        batches = start = 0
         while start < self._count:
-            start += self._planned(self.seen + start)
+            size = self.size if self._epochs is None else self._planned(self.seen + start)
+            start += _taken(self._count - start, size)
             batches += 1
         return batches
 
@@ -108,3 +109,8 @@ class BatchSizeSchedule(Sampler[list[int]]):
         recent = [one for one in monitor.history[self._since :] if one.batch_size > 1][-WINDOW:]
         noise = sum(one.gradient_variance / one.batch_size for one in recent)
         return len(recent) == WINDOW and noise > sum(one.gradient_square for one in recent) / 2
+
+
+def _taken(left: int, size: int) -> int:
+    """How many of the inputs that are left in a pass the next batch takes."""
+    return left if 2 * left < 3 * size else size
