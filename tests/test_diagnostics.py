@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fishopt
-from fishopt.diagnostics import BatchSizeSchedule, TrainingMonitor, condition_number, measures, monitor
+from fishopt.diagnostics import BatchSizeSchedule, TrainingMonitor, condition_number, measures, monitor, schedule
 from fishopt.diagnostics.measures import Measurement, gradient_moments
 from fishopt.plotting import Characterised, plot_characterisation
 
@@ -455,17 +455,17 @@ def test_a_group_without_a_learning_rate_is_refused():
 
 
 def test_stages_share_the_passes():
-    schedule = BatchSizeSchedule(60, sizes=(5, 10), epochs=3, generator=torch.Generator().manual_seed(0))
+    batches = BatchSizeSchedule(60, sizes=(5, 10), epochs=3, generator=torch.Generator().manual_seed(0))
     sizes = []
     for _ in range(3):
-        expected = len(schedule)
-        batches = list(schedule)
-        assert len(batches) == expected
-        assert sorted(row for rows in batches for row in rows) == list(range(60))
-        sizes.append([len(rows) for rows in batches])
+        expected = len(batches)
+        listed = list(batches)
+        assert len(listed) == expected
+        assert sorted(row for rows in listed for row in rows) == list(range(60))
+        sizes.append([len(rows) for rows in listed])
     assert sizes == [[5] * 12, [5] * 6 + [10] * 3, [10] * 6]
-    assert schedule.seen == 180
-    assert schedule.size == 10
+    assert batches.seen == 180
+    assert batches.size == 10
 
 
 def test_the_last_batch_is_no_small_one():
@@ -482,8 +482,8 @@ def test_it_is_a_batch_sampler():
     x, y = _data(40)
     orders = []
     for _ in range(2):
-        schedule = BatchSizeSchedule(40, sizes=(4, 8), epochs=1, generator=torch.Generator().manual_seed(1))
-        loader = DataLoader(TensorDataset(x, y), batch_sampler=schedule)
+        batches = BatchSizeSchedule(40, sizes=(4, 8), epochs=1, generator=torch.Generator().manual_seed(1))
+        loader = DataLoader(TensorDataset(x, y), batch_sampler=batches)
         assert len(loader) == 8
         orders.append([len(part) for part, _ in loader])
     assert orders[0] == orders[1] == [4, 4, 4, 4, 4, 8, 8, 4]
@@ -496,34 +496,38 @@ def _measured(step, batch_size, variance, square=1.0):
 def test_batches_grow_where_the_gradient_is_noisy():
     model = _mlp()
     watched = TrainingMonitor(model, LOSS, torch.optim.SGD(model.parameters(), lr=0.1))
-    schedule = BatchSizeSchedule(100, sizes=(4, 8, 16), monitor=watched)
-    assert (schedule.size, len(schedule)) == (4, 25)
-    # The test is tr Cov / B > |g|^2 / 2, on average over four.
-    watched.history += [_measured(i, 4, variance) for i, variance in enumerate((1.0, 1.0, 1.0, 4.9))]
-    assert schedule.size == 4
-    watched.history += [_measured(i, 4, 2.5) for i in range(4, 6)]  # the last four: 1, 4.9, 2.5, 2.5
-    assert schedule.size == 8
-    assert schedule.size == 8  # not again on the same measurements
-    watched.history += [_measured(i, 8, 3.9) for i in range(6, 12)]
-    assert schedule.size == 8
-    watched.history += [_measured(i, 8, 4.1) for i in range(12, 16)]
-    assert schedule.size == 16
-    watched.history += [_measured(i, 16, 1e3) for i in range(16, 30)]
-    assert schedule.size == 16
+    batches = BatchSizeSchedule(100, sizes=(4, 8, 16), monitor=watched)
+    assert (batches.size, len(batches)) == (4, 25)
+    # With |g|^2 = 1 the noise scale is V / (1 - V / 4), which is 8 at V = 8 / 3.
+    low, high = _measured(0, 4, 2.5), _measured(0, 4, 2.7)
+    watched.history += 7 * [high]
+    assert batches.size == 4  # not enough of them
+    watched.history += 9 * [low]
+    assert batches.size == 4  # the mean of all 16 is below
+    watched.history += 7 * [high]
+    assert batches.size == 4  # those that were used do not count again
+    watched.history += [high]
+    assert batches.size == 8
+    assert batches.size == 8
+    watched.history += 8 * [_measured(0, 8, 16 / 3 - 0.1)]  # V / (1 - V / 8) < 16
+    assert batches.size == 8
+    watched.history += 8 * [_measured(0, 8, 16 / 3 + 0.1)]
+    assert batches.size == 16
+    watched.history += 20 * [_measured(0, 16, 1e3)]
+    assert batches.size == 16
 
 
-def test_the_norm_test_at_a_half_is_the_noise_scale():
-    """In expectation: B inputs of variance V around G pass it once B is V over |G|^2."""
+def test_larger_batches_pay_up_to_the_noise_scale():
     torch.manual_seed(0)
-    gradient, deviation = torch.zeros(50, dtype=torch.float64), 1.0
+    gradient = torch.zeros(50, dtype=torch.float64)
     gradient[0] = 1.25  # noise scale: 50 / 1.5625 = 32
-    for size, grows in ((24, True), (42, False)):
-        moments = []
-        for _ in range(400):
-            j = gradient + deviation * torch.randn(size, 50, dtype=torch.float64)
-            moments.append(gradient_moments(j @ j.T, size))
-        square, variance = torch.tensor(moments, dtype=torch.float64).mean(0)
-        assert (variance / size > square / 2) == grows
+    measured = []
+    for _ in range(400):
+        j = gradient + torch.randn(12, 50, dtype=torch.float64)
+        square, variance = gradient_moments(j @ j.T, 12)
+        measured.append(_measured(0, 12, variance, square))
+    assert schedule._pays(measured, 28)
+    assert not schedule._pays(measured, 36)
 
 
 @pytest.mark.parametrize(

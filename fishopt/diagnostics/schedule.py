@@ -8,10 +8,11 @@ import torch
 from torch.utils.data import Sampler
 
 from fishopt.checks import checked_generator
+from fishopt.diagnostics.measures import Measurement
 from fishopt.diagnostics.monitor import TrainingMonitor
 from fishopt.optim.checks import whole
 
-WINDOW = 4
+WINDOW = 8
 """Measurements that a larger batch is decided on."""
 
 
@@ -19,14 +20,16 @@ class BatchSizeSchedule(Sampler[list[int]]):
     """Batches of a data set in random order, which grow in training: a ``batch_sampler`` for torch's ``DataLoader``.
 
     Either in stages of equal numbers of inputs, as Liao et al. (2020) run what they call dynamic sampling, or by the
-    noise of the gradient as a monitor measures it. Then the batch is of the next size once, at the present one and on
-    average over at least `WINDOW` measurements,
+    noise of the gradient as a monitor measures it. After every 8 measurements at a size B the next size B' is taken if,
+    on their average,
 
-        tr Cov / B > |g|^2 / 2,    g the gradient of the batch,
+        tr Cov / B' > |g|^2 - tr Cov / B,    g the gradient of the batch.
 
-    the norm test of Byrd et al. (2012) at a half: by expectation it is B below the noise scale ``tr Cov / |E g|^2``, up
-    to which more inputs to a step pay (McCandlish et al., 2018). The size is asked for when a batch begins; workers
-    that load ahead lag behind by that.
+    The right side is an estimate of ``|E g|^2`` without bias, so B' is then below the noise scale ``tr Cov / |E g|^2``,
+    up to which more inputs to a step pay (McCandlish et al., 2018). For ``B' = 2 B`` it is the norm test of Byrd et al.
+    (2012) at ``theta^2 = 2 / 3``. A batch never shrinks, so each measurement counts once: a test of the last few at
+    every step would sooner or later let it grow by chance. The size is asked for when a batch begins; workers that load
+    ahead lag behind by that.
 
     The last batch of a pass takes what is left, between half and one and a half times the size: a remainder of a few
     inputs would make as long a step as a whole batch, on very noisy gradients.
@@ -97,18 +100,22 @@ class BatchSizeSchedule(Sampler[list[int]]):
         """See above."""
         if self._monitor is None:
             return self._planned(self.seen)
-        if self._stage + 1 < len(self._sizes) and self._is_noisy(self._monitor):
-            self._stage, self._since = self._stage + 1, len(self._monitor.history)
+        history = self._monitor.history
+        if self._stage + 1 < len(self._sizes) and len(history) - self._since >= WINDOW:
+            self._stage += _pays(history[self._since :], self._sizes[self._stage + 1])
+            self._since = len(history)
         return self._sizes[self._stage]
 
     def _planned(self, seen: int) -> int:
         total = self._count * (self._epochs or 1)
         return self._sizes[min(seen * len(self._sizes) // total, len(self._sizes) - 1)]
 
-    def _is_noisy(self, monitor: TrainingMonitor) -> bool:
-        recent = [one for one in monitor.history[self._since :] if one.batch_size > 1][-WINDOW:]
-        noise = sum(one.gradient_variance / one.batch_size for one in recent)
-        return len(recent) == WINDOW and noise > sum(one.gradient_square for one in recent) / 2
+
+def _pays(recent: Sequence[Measurement], size: int) -> bool:
+    """Whether a batch size is below the noise scale."""
+    known = [one for one in recent if one.batch_size > 1]
+    squares = sum(one.gradient_square - one.gradient_variance / one.batch_size for one in known)
+    return sum(one.gradient_variance for one in known) / size > squares
 
 
 def _taken(left: int, size: int) -> int:
