@@ -8,9 +8,9 @@ e the singular values other than zero of J_k, whose rows are the gradients of th
 Here they are measured on handwritten digits over their grid of learning rates and batch sizes. Then, at one learning
 rate and for the same number of inputs, batches of fixed sizes against batches that grow: in stages, as they propose,
 and when the gradient's variance over inputs and labels says that it pays (Byrd et al., 2012; McCandlish et al., 2018).
-On the digits L_K behaves as reported. C_k rises with the batch while networks are the same, but over a run it is largest
-for small batches and high rates: these fit their inputs, whose gradients then all but vanish. For the same number of
-inputs batches that grow save steps, not inputs: no rule beats a small fixed batch by more than chance here.
+On the digits L_K behaves as reported. C_k rises with the batch at one theta, but over a run it is largest for small
+batches and high rates: these fit their inputs, whose gradients then all but vanish. For the same number of inputs,
+batches that grow save steps, not inputs: no rule beats a small fixed batch by more than chance here.
 
 Writes out/characterising.png.
 """
