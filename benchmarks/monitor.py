@@ -1,14 +1,14 @@
 """What `TrainingMonitor` costs: ``python -m benchmarks.monitor``.
 
-One network of MNIST's size, batches of 128 random inputs, SGD. Blocks of steps with and without the monitor take turns,
-each block as long as the monitor's pace, so that each has one measurement; a pair of blocks gives one ratio.
+One network of MNIST's size, batches of 128 random inputs, SGD. Steps with and without the monitor take turns. Medians
+of steps that are measured, of those between and of those without give the ratio at any pace, one for each block.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from statistics import quantiles
+from statistics import median, quantiles
 
 import click
 import torch
@@ -19,6 +19,8 @@ from torch import nn
 from fishopt.diagnostics import TrainingMonitor
 
 LOSS = nn.CrossEntropyLoss()
+OFTEN = 10
+"""Steps between measurements while times are taken."""
 
 
 class Training:
@@ -43,32 +45,35 @@ class Training:
 
 
 def ratios(every: int | None, blocks: int) -> tuple[int, list[float]]:
-    """The pace, and for each pair of blocks the time with the monitor over the time without."""
+    """The pace, and for each block the time of so many steps with the monitor over that without."""
     plain, watched = Training(), Training()
     options = {} if every is None else {"every": every}
     monitor = TrainingMonitor(watched.model, LOSS, watched.optimizer, **options)
-    pace = monitor.every
+    pace, monitor.every = monitor.every, OFTEN
     for training in (plain, watched):
-        training.steps(pace)  # the first measurement also finds out how to go through the network
+        training.steps(OFTEN)  # the first measurement also finds out how to go through the network
     found = []
-    for i in range(blocks):
-        # In both orders, so that a machine that slows down favours neither.
-        first, second = (plain, watched) if i % 2 else (watched, plain)
-        seconds = {id(training): training.steps(pace) for training in (first, second)}
-        found.append(seconds[id(watched)] / seconds[id(plain)])
+    for _ in range(blocks):
+        without, between, measured = [], [], []
+        for _ in range(4 * OFTEN):
+            without.append(plain.steps(1))
+            before = len(monitor.history)
+            seconds = watched.steps(1)
+            (measured if len(monitor.history) > before else between).append(seconds)
+        found.append(((pace - 1) * median(between) + median(measured)) / (pace * median(without)))
     return pace, found
 
 
 @click.command()
 @click.option("--every", type=int, default=None, help="steps between measurements; the default pace if not given")
-@click.option("--blocks", type=int, default=40, show_default=True)
+@click.option("--blocks", type=int, default=20, show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True)
 def main(every: int | None, blocks: int, threads: int) -> None:
     """Prints the ratio of processor time with the monitor to that without."""
     torch.set_num_threads(threads)
     pace, found = ratios(every, blocks)
     low, middle, high = quantiles(found, n=4)
-    table = Table("pace", "pairs of blocks", "lower quartile", "median", "upper quartile")
+    table = Table("pace", "blocks", "lower quartile", "median", "upper quartile")
     table.add_row(str(pace), str(blocks), *(f"{value:.4f}" for value in (low, middle, high)))
     Console().print(table)
 

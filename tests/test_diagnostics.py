@@ -329,6 +329,40 @@ def test_what_was_thrown_away_does_not_count():
     assert watched.history[0].gradient_norm == pytest.approx(float(_rows(_mlp(), x[6:10], y[6:10]).norm()), rel=1e-10)
 
 
+def test_batches_of_steps_that_are_not_measured():
+    """In micro-batches, with what was thrown away, twice backward, and by keyword."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = _mlp()
+
+        def forward(self, *, x):
+            return {"logits": self.inner(x)}["logits"]
+
+    model, (x, y) = Named(), _data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = TrainingMonitor(model, LOSS, optimizer, every=10)
+    LOSS(model(x=x), y).backward()
+    optimizer.step()
+    norm, expected = watched.history[0].gradient_norm, watched.length
+    optimizer.zero_grad()
+    LOSS(model(x=x[:9]), y[:9]).backward()
+    optimizer.zero_grad()
+    for rows in (slice(0, 4), slice(4, 7)):
+        loss = LOSS(model(x=x[rows]), y[rows])
+        loss.backward(retain_graph=True)
+        loss.backward()
+    with torch.no_grad():
+        model(x=x)
+    optimizer.step()
+    expected += 0.1 / 7 * norm
+    assert watched.length == pytest.approx(expected, rel=1e-12)
+    with warnings.catch_warnings():
+        optimizer.step()  # on no input
+    assert watched.length == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("divisor", [3, 1])
 def test_micro_batches_are_one_batch(divisor):
     model, (x, y) = _mlp(), _data()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fishopt.batch import Batch, NonFiniteError, apart
 from fishopt.checks import check_flag, checked_generator, checked_model
 from fishopt.diagnostics.measures import Measurement, condition_number, fisher_moments, gradient_moments
+from fishopt.diagnostics.watch import Watch
 from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.likelihoods.base import COLUMN_LIMIT
 from fishopt.optim.amp import plain_gradient
 from fishopt.optim.checks import whole
-from fishopt.optim.recorder import LossHook, Record, Recorder
+from fishopt.optim.recorder import LossHook, Record
 from fishopt.passes import Shadow, unwrapped
 
 GRAM_INPUTS = 512
@@ -46,8 +47,8 @@ class TrainingMonitor:
     was trained on. The batch is all that went backward since the last step, unless gradients were set to None since;
     several micro-batches count as averaged. In mixed precision the scale is only seen at a loss module.
 
-    A measurement that fails is warned of once, and counted in `failures`. The default pace costs 3 % of a small
-    network's training time or less (``python -m benchmarks.monitor``).
+    A measurement that fails is warned of once, and counted in `failures`. The default pace costs about 3 % of a small
+    network's training time (``python -m benchmarks.monitor``).
 
     Attributes:
         every: Steps from one measurement to the next.
@@ -75,7 +76,7 @@ class TrainingMonitor:
         loss_fn: Likelihood | nn.Module | str,
         optimizer: torch.optim.Optimizer,
         *,
-        every: int = 200,
+        every: int = 400,
         normalize: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -96,12 +97,12 @@ class TrainingMonitor:
         self.failures = self.steps = 0
         self._norms: list[float] | None = None
         self._length = 0.0
-        self._recorder = _Watch(optimizer)
+        self._recorder = Watch(optimizer)
         hooks = [model.register_forward_hook(self._recorder, with_kwargs=True)]
         if isinstance(loss_fn, nn.Module):
             hooks.append(loss_fn.register_forward_hook(LossHook(self._recorder)))
         hooks.append(optimizer.register_step_pre_hook(self._before_step))
-        hooks.append(optimizer.register_step_post_hook(lambda *_: self._recorder.start_anew()))
+        hooks.append(optimizer.register_step_post_hook(lambda *_: self._recorder.prepare(self.steps % self.every == 0)))
         self._hooks = ExitStack()
         for hook in hooks:
             self._hooks.callback(hook.remove)
@@ -115,7 +116,7 @@ class TrainingMonitor:
     def detach(self) -> None:
         """Takes the hooks off; what was measured stays. Once or several times is the same."""
         self._hooks.close()
-        self._recorder = _Watch(self._optimizer)  # lets go of the last batch
+        self._recorder = Watch(self._optimizer)  # lets go of the last batch
 
     @property
     def condition(self) -> float:
@@ -151,16 +152,15 @@ class TrainingMonitor:
         return call
 
     def _count(self) -> None:
-        record = self._recorder.last if self._recorder.records else None
         if self.steps % self.every == 0:
             try:
-                self._measure(record)
+                self._measure(self._recorder.last if self._recorder.records else None)
             except Exception as error:  # noqa: BLE001 - the model is the user's, and may raise anything
                 self._fail(error)
-        if record is not None and self._norms is not None:
+        if self._norms is not None and self._recorder.count:
             rates = [float(group["lr"]) for group in self._optimizer.param_groups]
             pairs = zip(rates, self._norms, strict=False)  # a group may have been added since
-            self._length += math.hypot(*(rate * norm for rate, norm in pairs)) / record.count
+            self._length += math.hypot(*(rate * norm for rate, norm in pairs)) / self._recorder.count
         self.steps += 1
 
     def _fail(self, error: Exception) -> None:
@@ -251,24 +251,6 @@ class TrainingMonitor:
         nothing = residuals.new_zeros(len(batch), len(batch))
         with batch.whole() as (through, _, _, _):
             return [through.gram(residuals[None], names=names)[0, :, 0] if names else nothing for names in self._names]
-
-
-class _Watch(Recorder):
-    """Records what is trained on, and forgets it when gradients are set to None: there is no hook on zero_grad.
-
-    Args:
-        optimizer: Whose parameters' gradients tell.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(wants_gradient=True, active=True)
-        self._optimizer = optimizer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        groups = self._optimizer.param_groups
-        if self._records and all(p.grad is None for group in groups for p in group["params"]):
-            self.start_anew()
-        super().__call__(module, args, kwargs, output)
 
 
 def _named_groups(model: nn.Module, optimizer: Any) -> list[list[str]]:
