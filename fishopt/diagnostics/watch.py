@@ -39,11 +39,13 @@ class Watch(Recorder):
         self._active = is_due
 
     def start_anew(self) -> None:
+        """After a step, or when gradients are set to None."""
         super().start_anew()
         self._counted = 0
 
     @_disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Records or counts, if this is a training forward."""
         groups = self._optimizer.param_groups
         if (self._records or self._counted) and all(p.grad is None for group in groups for p in group["params"]):
             self.start_anew()
