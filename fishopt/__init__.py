@@ -1,6 +1,7 @@
 """fishopt: optimizers that choose an estimator of the Fisher diagonal for each layer, from its variance."""
 
-from fishopt import spectrum as spectrum  # a namespace, not a name of its own
+from fishopt import diagnostics as diagnostics  # namespaces
+from fishopt import spectrum as spectrum
 from fishopt.empirical import empirical_error
 from fishopt.estimators import fisher_diagonal
 from fishopt.likelihoods import Bernoulli, Categorical, Gaussian, Independent, Likelihood, Poisson, from_loss

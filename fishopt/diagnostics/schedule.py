@@ -72,7 +72,7 @@ class BatchSizeSchedule(Sampler[list[int]]):
         if epochs is not None:
             whole("epochs", epochs)
         if monitor is not None and not isinstance(monitor, TrainingMonitor):
-            raise TypeError(f"monitor={monitor!r}: pass a fishopt.TrainingMonitor")
+            raise TypeError(f"monitor={monitor!r}: pass a fishopt.diagnostics.TrainingMonitor")
         self._count, self._sizes, self._epochs, self._monitor = count, tuple(sizes), epochs, monitor
         self._generator = checked_generator(generator)
         self.seen = self._stage = self._since = 0
