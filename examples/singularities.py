@@ -18,8 +18,9 @@ and p likewise, with derivatives of the normal density. The derivative by u is O
 entries fall as |u|^2. The derivative by v is O(|u|^2), but to that order it is one by u as well; O(|u|^3) is left: the
 smallest eigenvalue falls as |u|^6. For the mixture, det F -> c^4 u^8 / 12. With w_2 -> 0 the eigenvalues fall as w_2^2.
 
-A plateau's height is the least loss on its singular set, that of a single unit or normal density; it has been left when
-the loss is a tenth of it. Steps are
+Starts are near the plateau, the best single unit or normal density: u (or w_2) is small, of random direction, v random.
+At equal units or means the gradient vanishes with u, wherever v is. The plateau's height is the loss there; it has been
+left once the loss is below a tenth of that and stays there to the end of the run. Steps are
 
     theta <- theta - lr g,   theta - lr g / (diag F + damping),   theta - lr (F + damping)^-1 g.
 
@@ -37,22 +38,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from checks import Check, show
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import minimize
-from singular_models import EQUAL, MIXTURE, PROBLEMS, Problem, eigenvalues, model_checks, starts
+from singular_models import EQUAL, MIXTURE, PROBLEMS, Problem, eigenvalues, model_checks, plateau, starts
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, vmap
 from tqdm import tqdm
 
-LRS = torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+LRS = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
 DAMPINGS = torch.tensor([1e-6, 1e-4, 1e-2, 1e-1], dtype=torch.float64)
 COMPARED = 2
 """Which of the dampings is in the comparison and the pictures."""
+FAR = 1e3
+"""A run with a parameter of this size is lost."""
 DISTANCE = 0.01
 """Of the starts from the singular set."""
 METHODS = {
@@ -86,20 +87,6 @@ class Settings:
     shown: int
 
 
-def height(problem: Problem, seed: int) -> float:
-    """The plateau's: the least loss where ``u = 0``, a network of one unit or a mixture of one normal density."""
-
-    def loss(free: Tensor) -> Tensor:
-        return problem.loss(problem.centred(torch.cat([free, free.new_zeros(problem.differences)])))
-
-    def both(free: np.ndarray) -> tuple[float, np.ndarray]:
-        gradient, value = grad_and_value(loss)(torch.from_numpy(free))
-        return value.item(), gradient.numpy()
-
-    points = starts(problem, seed, 8, DISTANCE)[:, : -problem.differences].numpy()
-    return min(minimize(both, point, jac=True, tol=1e-12).fun for point in points)
-
-
 def steps_of(problem: Problem, method: str, point: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Directions and losses at N points in the method's coordinates, ``[N, P]`` and ``[N]``; damping ``[N]``."""
     rule, centred = METHODS[method]
@@ -129,30 +116,29 @@ def in_coordinates(problem: Problem, method: str, start: Tensor) -> Tensor:
     return start if METHODS[method][1] else vmap(problem.centred)(start)
 
 
-def leave(
-    problem: Problem, method: str, start: Tensor, lr: Tensor, damping: Tensor, below: float, steps: int
-) -> Tensor:
-    """Steps until the loss is below a number, for N starts: ``[N]``, infinite where that never is."""
-    point, active = in_coordinates(problem, method, start), torch.arange(len(start))
-    found = torch.full((len(start),), math.inf, dtype=torch.float64)
+def leave(problem: Problem, method: str, start: Tensor, lr: Tensor, damping: Tensor, steps: int) -> Tensor:
+    """Steps until the plateau is left for good, for N starts: ``[N]``, infinite where that never is."""
+    point, active, below = in_coordinates(problem, method, start), torch.arange(len(start)), plateau(problem)[1] / 10
+    found = torch.zeros(len(start), dtype=torch.float64)
     for step in range(steps + 1):
         direction, loss = steps_of(problem, method, point, damping[active])
-        found[active[loss < below]] = step
+        found[active[~(loss < below)]] = step + 1
         point = point - lr[active, None] * direction
         # What is far away does not come back.
-        going = ~(loss < below) & loss.isfinite() & (point.abs() < 1e3).all(1)
+        going = loss.isfinite() & (point.abs() < FAR).all(1)
+        found[active[~going]] = math.inf
         point, active = point[going], active[going]
         if not len(active):
             break
-    return found
+    return found.masked_fill(found > steps, math.inf)
 
 
-def sweep(problem: Problem, method: str, start: Tensor, below: float, steps: int) -> Tensor:
+def sweep(problem: Problem, method: str, start: Tensor, steps: int) -> Tensor:
     """Steps to leave for each damping, step size and start: ``[D, L, R]``; one damping, idle, for the gradient."""
     dampings = DAMPINGS[:1] if METHODS[method][0] == "gradient" else DAMPINGS
     index = [torch.arange(n) for n in (len(dampings), len(LRS), len(start))]
     d, size, s = (i.flatten() for i in torch.meshgrid(*index, indexing="ij"))
-    found = leave(problem, method, start[s], LRS[size], dampings[d], below, steps)
+    found = leave(problem, method, start[s], LRS[size], dampings[d], steps)
     return found.reshape(len(dampings), len(LRS), len(start))
 
 
@@ -231,12 +217,12 @@ def draw(found: Found, options: Settings, path: Path) -> None:
         f"Near singular sets: each method at its best step size; damping {DAMPINGS[COMPARED]:g}; "
         f"starts at distance {DISTANCE:g}"
     )
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def draw_losses(axis: Any, problem: Problem, found: dict[str, Tensor], traces: Traces, options: Settings) -> None:
     """All starts, the one of median steps in bold."""
-    floor = height(problem, options.seed)
+    floor = plateau(problem)[1]
     for name in SHOWN:
         lr, steps = chosen(found[name], options.steps)
         scaled = traces[name][1] / floor
@@ -290,18 +276,17 @@ def draw_powers(axis: Any, seed: int) -> None:
         axis.plot(distances, smallest, color=colour, marker=".", label=label)
         axis.plot(distances, smallest[0] * (distances / distances[0]) ** problem.power, color=colour, linestyle=":")
     axis.set(xscale="log", yscale="log", xlabel="distance from the singular set")
-    axis.set(ylabel="smallest eigenvalue of F", title="how F degenerates (dotted: the power law)")
+    axis.set(ylabel="smallest eigenvalue of F", title="dotted: the power law")
     axis.legend(frameon=False, fontsize=8)
 
 
 def draw_distances(axis: Any, found: dict[str, Tensor], options: Settings) -> None:
     """Median steps to leave, by the distance of the starts, the step size as it is."""
     distances = (1e-4, 1e-3, 1e-2, 1e-1)
-    below = height(EQUAL, options.seed) / 10
     points = torch.cat([starts(EQUAL, options.seed, options.starts, d) for d in distances])
     for name in SHOWN:
         lr, damping = torch.full((len(points),), chosen(found[name], options.steps)[0]), DAMPINGS[COMPARED]
-        steps = leave(EQUAL, name, points, lr, damping.expand(len(points)), below, options.steps)
+        steps = leave(EQUAL, name, points, lr, damping.expand(len(points)), options.steps)
         axis.plot(distances, steps.reshape(len(distances), -1).median(1).values, ".-", color=COLOURS[name], label=name)
     axis.set(xscale="log", xlabel="|J1 - J2| of the starts", ylabel="steps to leave, median of starts")
     axis.set(title=f"near {EQUAL.name}", ylim=(0, None))
@@ -313,18 +298,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument("--quick", action="store_true", help="3 starts, 50 steps")
+    parser.add_argument("--quick", action="store_true", help="3 starts, 40 steps")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
-    options = Settings(given.seed, 3, 50, 20) if given.quick else Settings(given.seed, 10, 600, 300)
+    options = Settings(given.seed, 3, 40, 20) if given.quick else Settings(given.seed, 8, 300, 300)
     torch.set_num_threads(1)  # the matrices are tiny
 
     found: Found = {problem.name: {} for problem in PROBLEMS}
     with tqdm(total=len(PROBLEMS) * len(METHODS), unit="sweep") as bar:
         for problem in PROBLEMS:
-            start, below = starts(problem, options.seed, options.starts, DISTANCE), height(problem, options.seed) / 10
+            start = starts(problem, options.seed, options.starts, DISTANCE)
             for name in METHODS:
-                found[problem.name][name] = sweep(problem, name, start, below, options.steps)
+                found[problem.name][name] = sweep(problem, name, start, options.steps)
                 bar.update()
     Console(width=150).print(tabled(found, options.steps))
     checks = model_checks(options.seed, 20 if given.quick else 100)
