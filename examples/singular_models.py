@@ -44,6 +44,7 @@ class Problem:
         plane: theta ``[P]`` -> v and ``|u|``: ``[2]``.
         zeros: Eigenvalues of F that vanish on the singular set.
         power: Of the distance, by which the smallest of them does.
+        saddle: Whether the plateau is a strict saddle of the loss at all starts.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Problem:
     plane: Callable[[Tensor], Tensor]
     zeros: int
     power: int
+    saddle: bool
 
 
 def kernel(theta: Tensor, other: Tensor) -> Tensor:
@@ -181,8 +183,9 @@ EQUAL = Problem(
     network_plane,
     zeros=DIMENSION + 1,
     power=6,
+    saddle=True,
 )
-ZERO = replace(EQUAL, name="zero output weight", start=zero_weight, zeros=DIMENSION, power=2)
+ZERO = replace(EQUAL, name="zero output weight", start=zero_weight, zeros=DIMENSION, power=2, saddle=False)
 MIXTURE = Problem(
     "equal means",
     TRUE_MIXTURE,
@@ -194,6 +197,7 @@ MIXTURE = Problem(
     mixture_plane,
     zeros=2,
     power=6,
+    saddle=True,
 )
 PROBLEMS = (EQUAL, ZERO, MIXTURE)
 

@@ -20,7 +20,9 @@ smallest eigenvalue falls as |u|^6. For the mixture, det F -> c^4 u^8 / 12. With
 
 Starts are near the plateau, the best single unit or normal density: u (or w_2) is small, of random direction, v random.
 At equal units or means the gradient vanishes with u, wherever v is. The plateau's height is the loss there; it has been
-left once the loss is below a tenth of that and stays there to the end of the run. Steps are
+left once the loss is below a tenth of that and stays there to the end of the run. It is a saddle for v in (0, 1). Where
+w_2 < 0 it can attract: near a zero output weight single starts may stay for ever, under the full method too.
+Steps are
 
     theta <- theta - lr g,   theta - lr g / (diag F + damping),   theta - lr (F + damping)^-1 g.
 
@@ -160,15 +162,15 @@ def trace(problem: Problem, method: str, start: Tensor, lr: float, steps: int) -
 
 
 def leaving_checks(found: Found, steps: int) -> list[Check]:
-    """That the full natural gradient leaves everywhere, and how much sooner than the gradient."""
+    """That the full natural gradient leaves saddles, and how much sooner than the gradient it leaves all plateaus."""
     checks = []
-    for problem, methods in found.items():
-        gradient, full = (chosen(methods[name], steps)[1] for name in ("gradient", "full"))
+    for problem in PROBLEMS:
+        gradient, full = (chosen(found[problem.name][name], steps)[1] for name in ("gradient", "full"))
         ratio = float(gradient.clamp_max(steps).median() / full.clamp_max(steps).median())
-        checks += [
-            Check(f"{problem}: starts that the full natural gradient leaves", len(full), int(full.isfinite().sum())),
-            Check(f"{problem}: median steps, gradient over full", FACTOR, ratio, 0, ">="),
-        ]
+        checks.append(Check(f"{problem.name}: median steps, gradient over full", FACTOR, ratio, 0, ">="))
+        if problem.saddle:
+            left = int(full.isfinite().sum())
+            checks.append(Check(f"{problem.name}: starts that the full natural gradient leaves", len(full), left))
     return checks
 
 
