@@ -151,19 +151,19 @@ def mnist_sigmoid_large() -> nn.Module:
     return mlp(MNIST, nn.Sigmoid)
 
 
-@problem("mnist_images", nn.CrossEntropyLoss, steps=500, batch=64)
+@problem("mnist_images", nn.CrossEntropyLoss, steps=500, batch=64, most=1000)
 def mnist_cnn() -> nn.Module:
     """MNIST, two convolutions and two dense layers, batches of 64."""
     return small_cnn()
 
 
-@problem("cifar10", nn.CrossEntropyLoss, steps=500, batch=64, most=1000)
+@problem("cifar10", nn.CrossEntropyLoss, steps=500, batch=64, most=500)
 def cifar_3c3d() -> nn.Module:
     """CIFAR-10, 3c3d of DeepOBS, batches of 64."""
     return conv3_dense3()
 
 
-@problem("cifar10", nn.CrossEntropyLoss, steps=500, batch=64, most=1000)
+@problem("cifar10", nn.CrossEntropyLoss, steps=500, batch=64, most=500)
 def cifar_resnet8() -> nn.Module:
     """CIFAR-10, ResNet-8 with BatchNorm, batches of 64."""
     return resnet8()
