@@ -54,7 +54,7 @@ def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Se
     yield Section("Targets", about, [best_of(found, seeds), all_of(found, seeds)])
     yield from (_track(study, folder, track) for track in ("final", "defaults"))
     yield Section("Profiles", pictures=_drawn(folder, profiles=figures.profiles(study)))
-    if study.problems("sensitivity"):
+    if study.swept:
         yield Section(
             "Learning rates", "", [summaries.widths(study)], _drawn(folder, sensitivity=panels.sensitivity(study))
         )

@@ -24,7 +24,7 @@ from fishopt.plotting import COLOURS
 
 def sensitivity(study: Study) -> Figure | None:
     """The final validation metric over the learning rate; below, the range that ends within 1% of the best."""
-    problems, methods = study.problems("sensitivity"), study.methods("sensitivity")
+    problems, methods = study.swept, study.methods("sensitivity")
     if not problems:
         return None
     columns = min(len(problems), 4)

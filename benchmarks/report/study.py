@@ -102,6 +102,11 @@ class Study:
         needs = {m: [_known(self.need(track, problem, m, measure)) for problem in problems] for m in everywhere}
         return Profile.of(needs), [m for m in methods if m not in everywhere]
 
+    @property
+    def swept(self) -> list[str]:
+        """The problems of the sensitivity track whose end is a result: not those with a goal."""
+        return [name for name in self.problems("sensitivity") if not PROBLEMS[name].has_goal]
+
     def rates(self, problem: str, method: str) -> dict[float, list[float]]:
         """Learning rate -> final validation metrics by seed, of the sensitivity track; rates that all seeds have."""
         found: dict[float, list[float]] = defaultdict(list)

@@ -112,7 +112,7 @@ def widths(study: Study) -> Table:
     ours = study.ours("sensitivity")
     columns = ["problem", *methods, *(f"{name} / {REFERENCE}" for name in ours)]
     rows = []
-    for problem in (name for name in study.problems("sensitivity") if not PROBLEMS[name].has_goal):
+    for problem in study.swept:
         cells = [_width(study, problem, method) for method in methods]
         rows.append([problem, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
     note = (
