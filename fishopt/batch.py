@@ -192,9 +192,9 @@ class Batch:
             with open_pass(self.shadow, part, names) as through:
                 yield Chunk(through, *self.bound(through.outputs, rows), rows)
 
-    def parts(self) -> Iterator[tuple[slice, Arguments]]:
-        """The inputs, as many at a time as the memory for activations takes."""
-        return self._parts(self._step)
+    def parts(self, most: int | None = None) -> Iterator[tuple[slice, Arguments]]:
+        """The inputs, as many at a time as the memory for activations takes, and no more than ``most`` if these do."""
+        return self._parts(self._step if most is None or self.structure.needs_all else min(self._step, most))
 
     @property
     def _step(self) -> int:

@@ -8,9 +8,7 @@ one forward-mode and one reverse-mode pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, apart
 from fishopt.checks import checked_option
+from fishopt.eigenvalues import Spectrum, numerical_rank
 from fishopt.estimators import ESTIMATORS, Draw, by_structure, estimate, request
 from fishopt.likelihoods import Likelihood
 from fishopt.passes import Diagonal, add, pulled, pushed
@@ -28,7 +27,7 @@ MATRICES = ("exact", "I1", "hutchinson", "empirical")
 METHODS = ("auto", "gram", "lanczos")
 
 GRAM_LIMIT = 4096
-"""Rows up to which the spectrum is that of the Gram matrix, unless it is told otherwise."""
+"""Rows, or parameters if these are fewer, up to which all eigenvalues are found, unless it is told otherwise."""
 
 LEADING = 20
 """Eigenvalues that are found where not all of them are."""
@@ -87,7 +86,14 @@ def _columns(likelihood: Likelihood, h: Tensor, draw: Draw, estimator: str) -> T
 
 
 @apart()
-def fisher_vector_product(model: nn.Module, inputs: Any, likelihood: Any, vector: Mapping[str, Tensor]) -> Diagonal:
+def fisher_vector_product(
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Any,
+    vector: Mapping[str, Tensor],
+    *,
+    targets: Tensor | None = None,
+) -> Diagonal:
     """The product of a batch's exact Fisher information matrix with a vector, ``(1/N_x) sum_n J_n^T I(h_n) J_n v``.
 
     It is the generalised Gauss-Newton matrix of the mean negative log-likelihood (Schraudolph, 2002; Martens, 2020).
@@ -97,6 +103,7 @@ def fisher_vector_product(model: nn.Module, inputs: Any, likelihood: Any, vector
         inputs: A tensor, or a tuple of the network's positional arguments, with one row per input.
         likelihood: A `Likelihood`, its name, or the torch loss module in use.
         vector: Name of each trainable parameter -> tensor of its shape; parameters that are not there count as zero.
+        targets: The data's labels, where some positions or inputs are to be ignored.
 
     Returns:
         Name of each trainable parameter -> tensor of its shape.
@@ -105,7 +112,7 @@ def fisher_vector_product(model: nn.Module, inputs: Any, likelihood: Any, vector
         ValueError: If an argument does not fit: a name or shape in ``vector`` that the model does not have.
         TypeError: If one is of the wrong kind.
     """
-    batch = Batch.of(model, inputs, likelihood)
+    batch, _ = request(model, inputs, likelihood, "exact", MATRICES, 1, targets, None)
     return _product(batch, _checked_vector(batch, vector), lambda family, h, v, rows: _information(family, h, v))
 
 
@@ -139,70 +146,22 @@ def _checked_vector(batch: Batch, vector: Mapping[str, Tensor]) -> dict[str, Ten
     """The vector with zeros where it has nothing.
 
     Raises:
-        ValueError: If it names what the model does not train, or a shape does not fit.
+        ValueError: If it names what the model does not train, or a shape or value does not fit.
+        TypeError: If it is no mapping of tensors.
     """
     held = {name: batch.shadow.parameters[name] for name in batch.names}
+    if not isinstance(vector, Mapping):
+        raise TypeError(f"vector is a {type(vector).__name__}; pass a mapping of parameter names to tensors")
     for name, value in vector.items():
         if name not in held:
             raise ValueError(f"vector has {name!r}, no trainable parameter of the model; pass some of {list(held)[:5]}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"vector[{name!r}] is a {type(value).__name__}; pass a tensor")
         if value.shape != held[name].shape:
             raise ValueError(f"vector[{name!r}] has shape {tuple(value.shape)}; pass {tuple(held[name].shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"vector[{name!r}] contains NaN or infinite values; pass a finite direction")
     return {name: vector[name].detach().to(p) if name in vector else torch.zeros_like(p) for name, p in held.items()}
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues of a Fisher information matrix.
-
-    Attributes:
-        eigenvalues: Those that are not zero, in descending order; the largest of them unless `is_complete`.
-        trace: The sum of all of them.
-        parameters: The matrix's size, P; what is not listed of a complete spectrum is zero.
-        is_complete: Whether all of them are listed.
-    """
-
-    eigenvalues: Tensor
-    trace: float
-    parameters: int
-    is_complete: bool
-
-    @property
-    def largest(self) -> float:
-        """The largest eigenvalue; gradient descent on the quadratic model is stable below a rate of 2 over it."""
-        return float(self.eigenvalues[0]) if len(self.eigenvalues) else 0.0
-
-    @property
-    def condition_number(self) -> float:
-        """The largest eigenvalue over the smallest that is not zero.
-
-        Raises:
-            ValueError: If not all are known.
-        """
-        self._check_complete("condition_number")
-        return self.largest / float(self.eigenvalues[-1]) if len(self.eigenvalues) else math.nan
-
-    @property
-    def effective_rank(self) -> float:
-        """The exponential of the entropy of the eigenvalues over their sum (Roy & Vetterli, 2007).
-
-        Raises:
-            ValueError: If not all are known.
-        """
-        self._check_complete("effective_rank")
-        shares = self.eigenvalues / self.eigenvalues.sum()
-        return float(torch.special.entr(shares).sum().exp()) if len(shares) else 0.0
-
-    @property
-    def stable_rank(self) -> float:
-        """The trace over the largest eigenvalue."""
-        return self.trace / self.largest if self.largest else 0.0
-
-    def _check_complete(self, what: str) -> None:
-        if not self.is_complete:
-            raise ValueError(
-                f"{what} takes all eigenvalues, and there are the {len(self.eigenvalues)} largest of "
-                f"{self.parameters:,}; pass method='gram', or fewer inputs"
-            )
 
 
 @apart()
@@ -228,8 +187,9 @@ def spectrum(
         samples: As in `fisher_gram`.
         targets: The data's labels.
         generator: Makes draws, and Lanczos' starting vector, reproducible; torch's global generator if None.
-        method: ``"gram"``, all eigenvalues, from the Gram matrix; ``"lanczos"``, the largest, from products with
-            vectors (scipy's ``eigsh``, of the extra ``fishopt[spectrum]``); ``"auto"``, the first up to 4,096 rows.
+        method: ``"gram"``, all eigenvalues, from ``J J^T`` or ``J^T J``, whichever is smaller; ``"lanczos"``, the
+            largest, from products with vectors (scipy's ``eigsh``, of the extra ``fishopt[spectrum]``); ``"auto"``, the
+            first up to 4,096 rows or parameters.
         count: How many Lanczos finds, fewer than there are parameters.
 
     Returns:
@@ -244,8 +204,11 @@ def spectrum(
     size = sum(batch.shadow.parameters[name].numel() for name in batch.names)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count={count!r}: pass a positive number of eigenvalues")
-    if method == "gram" or (method == "auto" and _rows(batch, draw, estimator) <= GRAM_LIMIT):
-        return _of_gram(gram(batch, draw, estimator), size)
+    rows = _rows(batch, draw, estimator)
+    if method == "gram" or (method == "auto" and min(rows, size) <= GRAM_LIMIT):
+        matrix = gram(batch, draw, estimator) if rows <= size else _dense(batch, draw, estimator)
+        values = torch.linalg.eigvalsh(matrix.double()).flip(0)[: numerical_rank(matrix)]
+        return Spectrum(values.clamp_min(0), float(matrix.trace()), size, is_complete=True)
     if count >= size:
         raise ValueError(f"count={count}: Lanczos finds fewer than the {size} there are; pass method='gram'")
     return _by_lanczos(batch, draw, estimator, size, count)
@@ -253,18 +216,22 @@ def spectrum(
 
 def _rows(batch: Batch, draw: Draw, estimator: str) -> int:
     if estimator == "exact":
-        for _ in batch.chunks(()):  # which tells the number of outputs
-            pass
+        rows, part = next(iter(batch.parts()))  # which tells the number of outputs
+        with torch.no_grad():
+            batch.bound(batch.shadow.run(part), rows)
         return len(batch) * batch.width
     return len(batch) * (1 if estimator == "empirical" else draw.samples)
 
 
-def _of_gram(matrix: Tensor, size: int) -> Spectrum:
-    values = torch.linalg.eigvalsh(matrix).flip(0)
-    # Below this an eigenvalue is rounding, as in the definition of a matrix's numerical rank.
-    floor = values[0].abs() * len(values) * torch.finfo(values.dtype).eps
-    kept = values[values > floor][:size]
-    return Spectrum(kept, float(matrix.trace()), size, is_complete=True)
+def _dense(batch: Batch, draw: Draw, estimator: str) -> Tensor:
+    """``J^T J`` itself, where it is smaller than ``J J^T``."""
+    total: Tensor | float = 0.0
+    for through, likelihood, h, rows in batch.chunks(batch.names, per_input=True):
+        for column in _columns(likelihood, h, draw.rows(rows), estimator):
+            found = through.vjp(column[None])
+            scores = torch.cat([found[name].flatten(2)[0] for name in batch.names], dim=1)
+            total = total + scores.T @ scores
+    return torch.as_tensor(total / batch.observations)
 
 
 def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int) -> Spectrum:
@@ -273,6 +240,8 @@ def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int)
     except ImportError as error:
         raise ImportError("method='lanczos' needs scipy: pip install 'fishopt[spectrum]'") from error
     between, trace = _square(batch, draw, estimator)
+    if not trace:  # which is no starting point for Lanczos
+        return Spectrum(torch.zeros(0, dtype=torch.float64), trace, size, is_complete=True)
     held = {name: batch.shadow.parameters[name] for name in batch.names}
 
     def product(flat: Any) -> Any:
@@ -284,8 +253,10 @@ def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int)
     start = torch.rand(size, generator=draw.generator, device=_device(draw), dtype=torch.float64).cpu().numpy() - 0.5
     operator = LinearOperator((size, size), matvec=product, dtype=start.dtype)
     values = eigsh(operator, k=count, which="LA", v0=start, return_eigenvectors=False)
-    kept = torch.as_tensor(values).sort(descending=True).values
-    return Spectrum(kept[kept > 0], trace, size, is_complete=False)
+    found = torch.as_tensor(values).sort(descending=True).values
+    wide = next(iter(held.values())).dtype
+    kept = found[found > found[0] * size * torch.finfo(wide).eps]
+    return Spectrum(kept, trace, size, is_complete=len(kept) < count)  # after the first zero there are no others
 
 
 def _device(draw: Draw) -> torch.device | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, apart
+from fishopt.batch import MAX_ELEMENTS, Batch, apart
 from fishopt.checks import check_flag, checked_option
 from fishopt.groups import UserGroups, layers, named_groups
 from fishopt.likelihoods import Likelihood, unit_columns
@@ -92,7 +92,8 @@ def off_diagonal_bound(model: nn.Module, inputs: Any, likelihood: Any, *, estima
 
     - I1: ``|d_i h|^2 |d_j h|^2 gamma``. As K is symmetric its form is largest where u = v, so that of M is at most
       ``min(lambda(M) + lambda_max(I)^2, B lambda_max(I))``, with lambda(M) the bound of Theorem 4.1 and B that of
-      Proposition 4.3 [ours];
+      Proposition 4.3 [ours]. With several outputs this may be larger than the theorem's own gamma, by at most
+      ``lambda_max(I)^2``; with one it is lambda(M);
     - I2: ``|d_ij^2 h|^2 lambda_max(I)``.
 
     Args:
@@ -105,7 +106,8 @@ def off_diagonal_bound(model: nn.Module, inputs: Any, likelihood: Any, *, estima
         ``[P, P]`` over the P entries of the trainable parameters in a row, in the model's order.
 
     Raises:
-        ValueError: If an argument does not fit, or there are more than 2,048 entries.
+        ValueError: If an argument does not fit, there are more than 2,048 entries, or the network couples its inputs.
+        RuntimeError: For I2, if an operation in the network has no second derivative that torch.func knows.
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
     checked_option("estimator", estimator, ("I1", "I2"))
@@ -117,7 +119,7 @@ def off_diagonal_bound(model: nn.Module, inputs: Any, likelihood: Any, *, estima
         )
     pairs = _score_pairs if estimator == "I1" else _hessian_pairs
     total: Tensor | float = 0.0
-    for rows, part in batch.parts():
+    for rows, part in batch.parts(max(1, MAX_ELEMENTS // max(size, 1) ** 2)):
         total = total + pairs(batch, rows, part)
     return torch.as_tensor(total / batch.observations)
 
@@ -125,19 +127,26 @@ def off_diagonal_bound(model: nn.Module, inputs: Any, likelihood: Any, *, estima
 def _score_pairs(batch: Batch, rows: slice, part: Arguments) -> Tensor:
     with open_pass(batch.shadow, part, batch.names) as through:
         likelihood, h = batch.bound(through.outputs, rows)
-        norms = _flat(squared_norm_per_input(through, h))
+        found = squared_norm_per_input(through, h)
+    norms = _flat({name: found[name] for name in batch.names})  # a pass has them by the ways through the network
     largest = likelihood.covariance_spectrum(h).upper
-    gamma = torch.minimum(
-        likelihood.quartic_spectrum(h, tight=True).upper + largest.square(), likelihood.radius(h) * largest
-    )
+    gamma = likelihood.quartic_spectrum(h, tight=True).upper
+    if h.shape[1] > 1:  # else u and v are the same but for their sign
+        gamma = torch.minimum(gamma + largest.square(), likelihood.radius(h) * largest)
     return (norms * gamma[:, None]).T @ norms
 
 
 def _hessian_pairs(batch: Batch, rows: slice, part: Arguments) -> Tensor:
+    with open_pass(batch.shadow, part, batch.names) as ways:
+        likelihood, h = batch.bound(ways.outputs, rows)
+        units = unit_columns(h)
+        ways.vjp(units[:1])  # which says so where there are no derivatives per input
     through = FunctionalPass(batch.shadow, part, batch.names)
-    likelihood, h = batch.bound(through.outputs, rows)
-    squares = torch.stack([through.hessians(unit).square() for unit in unit_columns(h)]).sum(0)
-    return (squares * likelihood.covariance_spectrum(h).upper[:, None, None]).sum(0)
+    upper = likelihood.covariance_spectrum(h).upper
+    total = torch.einsum("n,nij->ij", upper, through.hessians(units[0]).square_())
+    for unit in units[1:]:
+        total += torch.einsum("n,nij->ij", upper, through.hessians(unit).square_())
+    return total
 
 
 def _spectral_bound(gram: Tensor, covariance: Tensor, side: str, *, full_spectrum: bool) -> Tensor:

@@ -17,6 +17,7 @@ ORDER = [
     "estimators",
     "variance",
     "traces",
+    "eigenvalues",
     "spectrum",
     "empirical",
     "judging",

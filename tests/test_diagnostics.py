@@ -82,7 +82,8 @@ def test_the_fisher_part_is_that_of_the_diagonals():
     (found,) = watched.history
     assert found.trace == pytest.approx(trace, rel=1e-10)
     assert found.label_variance == pytest.approx(12 * sum(float(v.sum()) for v in joint.label.values()), rel=1e-8)
-    assert found.input_variance == pytest.approx(12 * sum(float(v.sum()) for v in joint.input.values()), rel=1e-8)
+    unbiased = 12 * 12 / 11
+    assert found.input_variance == pytest.approx(unbiased * sum(float(v.sum()) for v in joint.input.values()), rel=1e-8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

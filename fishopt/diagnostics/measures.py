@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fishopt.batch import Batch
-from fishopt.passes import Diagonal, add
-from fishopt.variance import mean_label_variance
+from fishopt.eigenvalues import numerical_rank
+from fishopt.variance import fisher_per_input, mean_label_variance, moments_over_inputs
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Measurement:
         gradient_square: ``|g|^2``, g the mean of the rows.
         gradient_variance: The trace of the covariance of the rows, at the data's labels: over inputs and
             labels, without bias (``B - 1``).
-        trace: Of the Fisher matrix at the model's labels, per input; NaN if there are too many outputs.
+        trace: Of the Fisher matrix at the model's labels, per observation; NaN if there are too many outputs.
         label_variance: ``sum_i E_x[V1(theta_i|x)]``: of its diagonal's estimator I1, one label (Lemma 3.1).
-        input_variance: ``sum_i Var_x(I(theta_i|x))``, which every estimator has (Theorem 4.7).
+        input_variance: ``sum_i Var_x(I(theta_i|x))``, which every estimator has (Theorem 4.7), without bias; NaN for
+            one input. Both parts over the number of observations are the variance of an estimate from so many.
     """
 
     step: int
@@ -55,9 +56,7 @@ class Measurement:
 def condition_number(gram: Tensor) -> float:
     """The largest over the smallest singular value of J that is not zero, from ``J J^T``.
 
-    Rows of J may differ in length by orders of magnitude, and short ones are still known to as many digits. So
-    whether a singular value is zero is told from the rows' cosines, not from their products: as many are zero as
-    eigenvalues of the cosines are lost in rounding (the scaling of Demmel & Veselic, 1992).
+    Of J: that of the matrix ``J^T J``, as `fishopt.spectrum.Spectrum` has it, is its square.
 
     Args:
         gram: ``[N, N]``.
@@ -65,23 +64,24 @@ def condition_number(gram: Tensor) -> float:
     Returns:
         At least 1; NaN where all rows are zero.
     """
-    norms = gram.diagonal().double().clamp_min(0).sqrt()
-    kept = norms > 0
-    if not kept.any():
+    rank = numerical_rank(gram)
+    if not rank:
         return math.nan
-    products, norms = gram.double()[kept][:, kept], norms[kept]
-    floor = 4 * len(norms) * torch.finfo(gram.dtype).eps
-    rank = int((torch.linalg.eigvalsh(products / norms / norms[:, None]) > floor).sum())
-    values = torch.linalg.eigvalsh(products)
+    values = torch.linalg.eigvalsh(gram.double())
     return float((values[-1] / values[-rank].clamp_min(0)).sqrt())
 
 
 def gradient_moments(gram: Tensor, batch_size: int) -> tuple[float, float]:
-    """``|g|^2`` and the trace of the covariance of J's rows, g their mean, from ``J J^T``; for one row NaN."""
+    """``|g|^2`` and the trace of the covariance of J's rows, g their mean; NaN where one row cannot tell.
+
+    Args:
+        gram: ``J J^T`` of the rows that were seen.
+        batch_size: How many there are.
+    """
     count, wide = len(gram), gram.double()
     square = float(wide.mean())
     if count == 1:
-        return square, math.nan
+        return square if batch_size == 1 else math.nan, math.nan
     variance = max(float(wide.trace()) - count * square, 0.0) / (count - 1)
     # Of some rows of a larger batch: the mean of all of them has less noise in it.
     return max(square + variance * (1 / batch_size - 1 / count), 0.0), variance
@@ -89,17 +89,13 @@ def gradient_moments(gram: Tensor, batch_size: int) -> tuple[float, float]:
 
 def fisher_moments(batch: Batch, names: list[str]) -> tuple[float, float, float]:
     """Trace of the Fisher matrix per observation, and the label and input variance of I1, summed over parameters."""
-    first: Diagonal = {}
-    second: Diagonal = {}
-    for through, likelihood, h, _ in batch.chunks(names, per_input=True):
-        columns = likelihood.factor(h)
-        add(first, through.squared_vjp(columns, names=names))
-        add(second, through.fourth_vjp(columns[None], torch.ones_like(columns[:1, :, 0]), names=names))
-    count, observations = len(batch), batch.observations
+    mean, spread = moments_over_inputs(batch, fisher_per_input, names)
     label = mean_label_variance(batch, "I1", names)
-    spread = {name: second[name] / count - (first[name] / count).square() for name in names}
+    count = len(batch)
+    share = count / batch.observations
+    unbiased = share * count / (count - 1) if count > 1 else math.nan
     return (
-        sum(float(value.sum()) for value in first.values()) / observations,
+        share * sum(float(value.sum()) for value in mean.values()),
         sum(float(value.sum()) for value in label.values()),
-        sum(float(value.clamp_min(0).sum()) for value in spread.values()),
+        unbiased * sum(float(value.sum()) for value in spread.values()),
     )

@@ -131,7 +131,10 @@ class Backward(Pass, ABC):
         return {name: g.reshape(*g.shape[:2], *self._parameters[name].shape) for name, g in found.items()}
 
     def gram(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Tensor:
-        return torch.stack([one.gram() for one in self._per_input(columns, names).values()]).sum(0)
+        total = columns.new_zeros(*columns.shape[:2], *columns.shape[:2])
+        for one in self._per_input(columns, names).values():
+            total += one.gram()
+        return total
 
     def _per_input(self, columns: Tensor, names: Sequence[str] | None) -> dict[str, PerInput]:
         """Of all columns at once, where any two of them meet."""

@@ -230,9 +230,14 @@ class Scattered(PerInput):
 
     def gram(self) -> Tensor:
         used, place = self._rows.unique(return_inverse=True)
-        found = self._values.new_zeros(self.columns, self.count, len(used), self.shape[1])
-        found[:, self._inputs, place] = self._values
-        return gram_of(found)
+        step = max(1, MAX_GRAM_ELEMENTS // (self.columns * self.count * self.shape[1]))
+        total = self._values.new_zeros(self.columns, self.count, self.columns, self.count)
+        for start in range(0, len(used), step):
+            own = (place >= start) & (place < start + step)
+            found = self._values.new_zeros(self.columns, self.count, min(step, len(used) - start), self.shape[1])
+            found[:, self._inputs[own], place[own] - start] = self._values[:, own]
+            total += gram_of(found)
+        return total
 
 
 class Transposed(PerInput):
