@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from claims import Claim, table
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from figure2_drawing import draw
 from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -41,7 +40,6 @@ QUANTITIES = ("FI", "V1", "V2")
 KINDS = ("value", "paper", "tight")
 """The quantity, its bound with the paper's eigenvalue bounds (Theorem 5.2), and with the tighter ones [ours]."""
 PAPERS_LOOSENESS = {"V1": 50.0, "V2": 10.0}
-COLOURS = {"FI": "0.2", "V1": "#c44e52", "V2": "#4c72b0"}
 LOSS = nn.CrossEntropyLoss()
 
 
@@ -250,48 +248,6 @@ def check(name: str, found: Found) -> list[Claim]:
     return [replace(claim, claim=f"{name}: {claim.claim}") for claim in claims]
 
 
-def draw(name: str, found: Found, path: Path) -> None:
-    """A column for each layer: the information, the roots of variances, and bounds over variances, by epoch."""
-    layers = found.means.shape[2]
-    figure = Figure(figsize=(3.4 * layers, 8.4), layout="constrained")
-    grid = figure.subplots(3, layers, sharex=True, sharey="row")
-    loose = geometric(looseness(found).transpose(0, 1))  # over inputs
-    for layer, axes in enumerate(grid.T):
-        curves(axes[0], found.means[:, :, layer, 0], "FI")
-        for row in (1, 2):
-            curves(axes[1], found.roots[:, :, layer, row], QUANTITIES[row])
-        for row, quantity in enumerate(QUANTITIES):
-            for kind, style in ((0, "--"), (1, ":")):
-                axes[2].plot(loose[:, layer, row, kind], style, color=COLOURS[quantity])
-        for axis in axes:
-            axis.set_yscale("log")
-            axis.grid(alpha=0.3, linewidth=0.5)
-        axes[0].set_title(f"layer {layer + 1}" + (": V2 = 0" if layer == layers - 1 else ""))
-    for axis, label in zip(
-        grid[:, 0], ("Fisher information", "root of label variance", "bound / value (not of roots)"), strict=True
-    ):
-        axis.set_ylabel(label)
-    grid[2, 0].set_ylim(bottom=0.8)
-    handles = [Line2D([], [], color=colour, label=label) for label, colour in COLOURS.items()]
-    handles.append(Line2D([], [], color="0.5", label="value"))
-    handles.append(Line2D([], [], color="0.5", linestyle="--", label="the paper's bound"))
-    handles.append(Line2D([], [], color="0.5", linestyle=":", label="our bound"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    for axis in grid[-1]:
-        axis.set_xlabel("epoch")
-    figure.suptitle(f"{name}: means over each layer's parameters and {found.means.shape[1]} test inputs (thin: each)")
-    figure.savefig(path, dpi=110)
-
-
-def curves(axis: Any, values: Tensor, quantity: str) -> None:
-    """``[E + 1, X, 3]``: the value and its two bounds, means over inputs; of the value each input too."""
-    if not values.any():
-        return
-    axis.plot(values[..., 0], color=COLOURS[quantity], linewidth=0.5, alpha=0.4)
-    for kind, style in enumerate(("-", "--", ":")):
-        axis.plot(values[..., kind].mean(1), style, color=COLOURS[quantity], linewidth=1.6)
-
-
 def numbers(found: Found) -> dict[str, Any]:
     """What of a network is kept, in three digits: means over inputs, of looseness geometric ones (1 for 0 / 0).
 
@@ -346,7 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = run(data, activation, hidden, epochs, inputs, options.seed, bar)
             claims += check(name, found)
             kept[name] = numbers(found)
-            draw(name, found, options.out / f"figure2_{activation}_{layers}.png")
+            loose = geometric(looseness(found).transpose(0, 1))  # over inputs
+            draw(name, found.means, found.roots, loose, options.out / f"figure2_{activation}_{layers}.png")
             content = {"settings": settings, "claims": [asdict(claim) for claim in claims], "networks": kept}
             (options.out / "figure2.json").write_text(json.dumps(content) + "\n")
     Console(width=140).print(table("Figure 2, the claims", claims))

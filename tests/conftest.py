@@ -1,5 +1,15 @@
 """One thread for each worker: two would wait for each other on two cores, at several times the cost."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks of a hundred weights: on a busy machine threads that wait for each other are all that takes time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

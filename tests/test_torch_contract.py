@@ -30,9 +30,9 @@ torch.testing ships the entries' classes and inputs that must fail, but not its 
 | complex, complex_2d | not applicable, no score is complex: test_complex_parameters_are_refused |
 | rosenbrock_sparse, sparse inputs | not applicable, the diagonal is dense: test_sparse_gradients_are_refused |
 | add_param_group, closures (in other checks) | ported: test_a_group_can_be_added, test_the_closures_loss_is_returned |
-| fused_* | not applicable: no such argument, the kernel is chosen by dtype and layout (test_update.py) |
-| grad_scaling_autocast_fused_optimizers | not applicable, like fused; a GradScaler in test_optim.py |
-| foreach_large_tensor | not applicable on a CPU: it needs 2^31 entries; sizes up to 3e5 in test_update.py |
+| fused_* | not applicable: no such argument, the kernel is chosen by dtype and layout (test_update_fused.py) |
+| grad_scaling_autocast_fused_optimizers | not applicable, like fused; a GradScaler in test_optim_interface.py |
+| foreach_large_tensor | not applicable on a CPU: it needs 2^31 entries; sizes up to 3e5 in test_update*.py |
 | peak_memory_foreach | not applicable on a CPU, whose allocator does not count; benchmarks/ measure it |
 | capturable, cudagraphs, cpu_load_state_dict | not applicable: a graph cannot hold a refresh's decisions |
 | differentiable | not applicable: steps are made without a graph, as preconditioners have no derivative here |

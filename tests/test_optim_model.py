@@ -1,0 +1,131 @@
+"""The optimizers and the user's model: it is left alone, and what changes in it is followed."""
+
+import copy
+import io
+import pickle
+
+import torch
+from torch import nn
+
+import fishopt
+from fishopt.optim.estimate import Training
+from fishopt.optim.recorder import Record
+from fishopt.passes import Arguments
+from tests.optim_setup import _problem, _train, _weights, both
+
+
+@both
+def test_the_model_is_left_alone(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(8, 3))
+    plain = copy.deepcopy(model)
+    _, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    for m in (model, plain):
+        torch.manual_seed(1)
+        nn.functional.cross_entropy(m(x), y).backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    rng = torch.random.get_rng_state()
+    optimizer.refresh(x)
+    assert torch.equal(rng, torch.random.get_rng_state())
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a.grad, b.grad)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert [len(m._forward_hooks) for m in model.modules()] == [1, 0, 0, 0, 0, 0]
+    others = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    assert not any(getattr(m, h) for m in model.modules() for h in others)
+    assert not any(k.startswith(("input", "output", "_backpack")) for m in model.modules() for k in vars(m))
+    assert not any(set(vars(p)) for p in model.parameters())
+    assert model[2].inplace
+    assert model.training
+
+
+@both
+def test_the_model_still_pickles_copies_and_saves(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    _train(model, optimizer, x, y)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+        (recorder,) = other._forward_hooks.values()
+        assert not recorder._active
+        assert recorder.last is None
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert model.state_dict().keys() == _problem()[0].state_dict().keys()
+
+
+@both
+def test_the_hook_goes_with_the_optimizer(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    _train(model, optimizer, x, y, steps=2)
+    del optimizer
+    assert not model._forward_hooks
+
+
+@both
+def test_evaluation_between_steps_is_not_recorded(kind):
+    model, x, y = _problem()
+    ends = []
+    for evaluate in (False, True):
+        model, x, y = _problem()
+        optimizer = kind(model, nn.CrossEntropyLoss())
+        for _step in range(15):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            if evaluate:
+                model(torch.full((3, 6), 1e6))  # with gradients on, too: no backward follows
+                with torch.no_grad():
+                    model(torch.full((3, 6), 1e6))
+            optimizer.step()
+        ends.append(_weights(model))
+    assert torch.equal(*ends)
+
+
+@both
+def test_moving_the_model_and_replacing_its_data_is_followed(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
+    _train(model, optimizer, x, y, steps=5)
+    for p in model.parameters():
+        p.data = p.data * 0.5
+    optimizer.refresh(x)
+    expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    optimizer._curvature._refresh_inputs = 10**6
+    record = Record(Arguments((x,)))
+    found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+    for name, value in found.diagonal.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@both
+def test_curvature_follows_running_statistics(kind):
+    """BatchNorm changes them without a trace in their version counters."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(8, 6) + 3
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", refresh_inputs=8)
+    for _ in range(4):
+        _train(model, optimizer, x, torch.arange(8) % 3, steps=1, batch=8)
+        expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+        record = Record(Arguments((x,)))
+        found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+        for name, value in found.diagonal.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@both
+def test_curvature_follows_data_changed_behind_autograds_back(kind):
+    """Of a parameter in half precision it keeps a copy."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)).bfloat16(), torch.randn(8, 6).bfloat16()
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", refresh_inputs=8)
+    optimizer.refresh(x)
+    model[0].weight.data.mul_(4.0)
+    record = Record(Arguments((x,)))
+    found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+    expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    torch.testing.assert_close(found.diagonal["0.weight"], expected["0.weight"])
