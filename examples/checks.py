@@ -8,6 +8,11 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import ttest_rel
+from torch import Tensor
+
+LEVEL = 0.05
+"""Of the tests."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Check:
         return (self.relation == "<=" or self.got >= self.expected - slack) and (
             self.relation == ">=" or self.got <= self.expected + slack
         )
+
+
+def better(words: str, first: Tensor, second: Tensor) -> Check:
+    """Whether the first of two accuracies, both ``[seeds]``, is above the second: a paired, one-sided t-test."""
+    p, gain = float(ttest_rel(first, second, alternative="greater").pvalue), 100 * float((first - second).mean())
+    return Check(f"{words}, by {gain:.1f} points: p-value", LEVEL, p, relation="<=")
 
 
 def show(title: str, checks: Iterable[Check]) -> bool:

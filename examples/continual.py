@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from checks import Check, show
-from continual_results import DIAGONALS, METHODS, Penalty, Results, Sizes, better, draw, table
+from continual_results import DIAGONALS, METHODS, Penalty, Results, Sizes, compared, draw, table
 from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -211,14 +211,14 @@ def comparisons(name: str, results: Results, sizes: Sizes) -> list[Check]:
     """Who protects better; it takes all seeds to tell."""
     most = sizes.inputs[-1:]
     listed = [
-        better(results, "L2", "none", (0,)),
-        better(results, "exact", "empirical", most),
-        better(results, "exact", "I1", sizes.inputs),
-        better(results, "hutchinson", "I1", sizes.inputs),
+        compared(results, "L2", "none", (0,)),
+        compared(results, "exact", "empirical", most),
+        compared(results, "exact", "I1", sizes.inputs),
+        compared(results, "hutchinson", "I1", sizes.inputs),
     ]
     # Each was shown in one setting only. Where the labels are new, the diagonal is hardly worth more than its trace.
     one = ("exact", "I2", sizes.inputs) if name == "own outputs" else ("exact", "L2", most)
-    return [*listed, better(results, *one)]
+    return [*listed, compared(results, *one)]
 
 
 def main(arguments: list[str] | None = None) -> None:

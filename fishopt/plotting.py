@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-COLOURS = {"I1": "#c44e52", "I2": "#4c72b0", "hutchinson": "#55a868", "exact": "#8172b3"}
+COLOURS = {"I1": "#c44e52", "I2": "#4c72b0", "hutchinson": "#55a868", "exact": "#8172b3", "empirical": "#937860"}
 """One colour for each estimator, in every picture."""
 
 

@@ -62,7 +62,7 @@ def test_measures_are_those_of_the_rows():
         _step(model, optimizer, x, y)
         last = watched.history[-1]
         assert last.batch_size == 24
-        assert last.gradient_norm == pytest.approx(float(j.norm()), rel=1e-10)
+        assert last.jacobian_norm == pytest.approx(float(j.norm()), rel=1e-10)
         assert last.gradient_square == pytest.approx(float(j.mean(0).square().sum()), rel=1e-8)
         assert last.gradient_variance == pytest.approx(float(j.var(0).sum()), rel=1e-10)
         assert last.noise_scale == pytest.approx(float(j.var(0).sum() / j.mean(0).square().sum()), rel=1e-8)
@@ -84,6 +84,26 @@ def test_the_fisher_part_is_that_of_the_diagonals():
     assert found.label_variance == pytest.approx(12 * sum(float(v.sum()) for v in joint.label.values()), rel=1e-8)
     unbiased = 12 * 12 / 11
     assert found.input_variance == pytest.approx(unbiased * sum(float(v.sum()) for v in joint.input.values()), rel=1e-8)
+
+
+def test_both_parts_of_a_variance_are_per_observation():
+    """Inputs with labels at three positions each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    x, y = torch.randn(8, 3, 2, dtype=torch.float64), torch.randint(0, 4, (8, 3))
+    joint = fishopt.joint_variance(model, x, fishopt.Categorical(), estimator="I1")
+    with TrainingMonitor(model, fishopt.Categorical(), torch.optim.SGD(model.parameters(), lr=0.1)) as watched:
+        LOSS(model(x).flatten(0, 1), y.flatten()).backward()
+        watched._optimizer.step()
+    (found,) = watched.history
+    label, spread = (24 * sum(float(v.sum()) for v in part.values()) for part in (joint.label, joint.input))
+    assert found.label_variance == pytest.approx(label, rel=1e-8)
+    assert found.input_variance == pytest.approx(8 / 7 * spread, rel=1e-8)
+
+
+def test_one_row_of_several_tells_nothing_of_their_mean():
+    assert gradient_moments(torch.tensor([[4.0]]), 1)[0] == 4.0
+    assert all(math.isnan(value) for value in gradient_moments(torch.tensor([[4.0]]), 4))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -108,7 +128,7 @@ def test_normalised_norms_are_over_the_root_of_the_batch():
         _step(model, optimizer, x, y)
         found.append(watched)
     plain, normalised = (watched.history[0] for watched in found)
-    assert normalised.gradient_norm == pytest.approx(plain.gradient_norm / 24**0.5)
+    assert normalised.jacobian_norm == pytest.approx(plain.jacobian_norm / 24**0.5)
     assert found[1].length == pytest.approx(found[0].length / 24**0.5)
     assert normalised.condition == plain.condition
 
@@ -124,7 +144,7 @@ def test_groups_count_with_their_own_rates_and_what_is_not_trained_does_not():
     _step(model, optimizer, x, y)
     scaled = torch.cat([0.3 * parts[0], 0.01 * parts[1]], dim=1)
     assert watched.length == pytest.approx(float(scaled.norm()) / 24, rel=1e-10)
-    assert watched.history[0].gradient_norm == pytest.approx(float(torch.cat(parts, dim=1).norm()), rel=1e-10)
+    assert watched.history[0].jacobian_norm == pytest.approx(float(torch.cat(parts, dim=1).norm()), rel=1e-10)
 
 
 def test_length_counts_each_steps_rate_and_batch_with_the_last_norm():
@@ -135,7 +155,7 @@ def test_length_counts_each_steps_rate_and_batch_with_the_last_norm():
     expected = 0.0
     for step, size in enumerate((8, 5, 12)):
         _step(model, optimizer, x[:size], y[:size])
-        expected += 0.4 * 0.5**step / size * watched.history[-1].gradient_norm
+        expected += 0.4 * 0.5**step / size * watched.history[-1].jacobian_norm
         scheduler.step()
     assert len(watched.history) == 2
     assert watched.steps == 3
@@ -151,7 +171,7 @@ def test_of_a_large_batch_some_inputs_stand_for_all(monkeypatch):
     for _ in range(100):
         _step(model, optimizer, x, y)
     norms, squares, variances = torch.tensor(
-        [(m.gradient_norm**2, m.gradient_square, m.gradient_variance) for m in watched.history], dtype=torch.float64
+        [(m.jacobian_norm**2, m.gradient_square, m.gradient_variance) for m in watched.history], dtype=torch.float64
     ).T
     # Drawn without replacement: the finite population's factors make these expectations exact but for the square's.
     for values, expected in ((norms, j.square().sum()), (variances, j.var(0).sum())):
@@ -255,7 +275,7 @@ def test_closures_are_measured_where_the_step_starts():
         return loss
 
     assert torch.equal(optimizer.step(closure=closure), LOSS(_mlp()(x), y))
-    assert [one.gradient_norm for one in watched.history] == [pytest.approx(before, rel=1e-10)]
+    assert [one.jacobian_norm for one in watched.history] == [pytest.approx(before, rel=1e-10)]
     assert watched.history[0].batch_size == 24
 
 
@@ -327,7 +347,7 @@ def test_what_was_thrown_away_does_not_count():
     model(x)  # no backward
     _step(model, optimizer, x[6:10], y[6:10])
     assert watched.history[0].batch_size == 4
-    assert watched.history[0].gradient_norm == pytest.approx(float(_rows(_mlp(), x[6:10], y[6:10]).norm()), rel=1e-10)
+    assert watched.history[0].jacobian_norm == pytest.approx(float(_rows(_mlp(), x[6:10], y[6:10]).norm()), rel=1e-10)
 
 
 def test_batches_of_steps_that_are_not_measured():
@@ -346,7 +366,7 @@ def test_batches_of_steps_that_are_not_measured():
     watched = TrainingMonitor(model, LOSS, optimizer, every=10)
     LOSS(model(x=x), y).backward()
     optimizer.step()
-    norm, expected = watched.history[0].gradient_norm, watched.length
+    norm, expected = watched.history[0].jacobian_norm, watched.length
     optimizer.zero_grad()
     LOSS(model(x=x[:9]), y[:9]).backward()
     optimizer.zero_grad()
@@ -570,6 +590,9 @@ def test_larger_batches_pay_up_to_the_noise_scale():
         ({"count": 0}, ValueError, "count=0"),
         ({"sizes": ()}, ValueError, "sizes=()"),
         ({"sizes": (4, 0)}, ValueError, "sizes=0"),
+        ({"sizes": 16}, ValueError, "sizes=16"),
+        ({"sizes": "16"}, ValueError, "sizes='16'"),
+        ({"sizes": (8, 4)}, ValueError, "shrink"),
         ({"epochs": 0}, ValueError, "epochs=0"),
         ({"epochs": None}, ValueError, "epochs=None and monitor=None"),
         ({"epochs": None, "monitor": 3}, TypeError, "monitor=3"),

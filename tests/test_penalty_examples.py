@@ -154,13 +154,13 @@ def test_strengths_are_chosen_on_validation_images(continual):
 
 def test_comparisons_are_paired_tests_over_seeds(continual):
     results = _results(continual)
-    found = continual.better(results, "exact", "L2", (4, 8))
+    found = continual.compared(results, "exact", "L2", (4, 8))
     parts = [results.scores[continual.Penalty("exact", n, 1.0)][:, 1].mean(1) for n in (4, 8)]
     gap = (parts[0] + parts[1]) / 2 - results.scores[continual.Penalty("L2", 0, 1.0)][:, 1].mean(1)
     t = gap.mean() / (gap.std() / 6**0.5)
     assert found.got == pytest.approx(float(stats.t.sf(float(t), 5)), rel=1e-9)
     assert f"by {100 * float(gap.mean()):.1f} points" in found.what
-    reverse = continual.better(results, "L2", "exact", (4, 8))
+    reverse = continual.compared(results, "L2", "exact", (4, 8))
     assert reverse.got == pytest.approx(1 - found.got)
 
 
@@ -234,7 +234,7 @@ def test_together_is_a_divergence_over_a_sum(pruning, small):
 def test_orders_are_compared_over_a_part_of_the_fractions(pruning):
     values = torch.rand(2, 5, len(pruning.KEPT), generator=_generator(), dtype=torch.float64)
     curves = {("exact", 16): values[0] + 0.2, ("magnitude", 0): values[1]}
-    found = pruning.better(curves, ("exact", 16), ("magnitude", 0), pruning.MOST)
+    found = pruning.compared(curves, ("exact", 16), ("magnitude", 0), pruning.MOST)
     assert found.what.startswith("30%-70%: exact (16 inputs) > magnitude")
     gap = (values[0] + 0.2 - values[1])[:, [KEPT in (0.3, 0.4, 0.5, 0.7) for KEPT in pruning.KEPT]].mean(1)
     t = gap.mean() / (gap.std() / 5**0.5)

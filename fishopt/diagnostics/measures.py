@@ -26,7 +26,7 @@ class Measurement:
         lr: Learning rate of the first parameter group.
         batch_size: Inputs that were trained on since the last step, B.
         condition: ``C_k``: the largest singular value of J over the smallest that is not zero.
-        gradient_norm: ``|J|_F``, or that over the root of B if normalised.
+        jacobian_norm: ``|J|_F``, or that over the root of B if normalised.
         gradient_square: ``|g|^2``, g the mean of the rows.
         gradient_variance: The trace of the covariance of the rows, at the data's labels: over inputs and
             labels, without bias (``B - 1``).
@@ -40,7 +40,7 @@ class Measurement:
     lr: float
     batch_size: int
     condition: float
-    gradient_norm: float
+    jacobian_norm: float
     gradient_square: float
     gradient_variance: float
     trace: float

@@ -45,7 +45,8 @@ class TrainingMonitor:
 
     J is the network's in eval mode (no dropout, running statistics in batch norm), at the residuals of the output that
     was trained on. The batch is all that went backward since the last step, unless gradients were set to None since;
-    several micro-batches count as averaged. In mixed precision the scale is only seen at a loss module.
+    several micro-batches count as averaged, and of some that differ in shape only those like the last are looked at. It
+    stays on the model, loss and optimizer until `detach`. In mixed precision the scale is only seen at a loss module.
 
     A measurement that fails is warned of once, and counted in `failures`. The default pace costs about 3 % of a small
     network's training time (``python -m benchmarks.monitor``).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,7 +32,7 @@ class BatchSizeSchedule(Sampler[list[int]]):
     every step would sooner or later let it grow by chance. The size is asked for when a batch begins; workers that load
     ahead lag behind by that.
 
-    The last batch of a pass takes what is left, between half and one and a half times the size: a remainder of a few
+    The last batch of a pass takes what is left, about half to one and a half times the size: a remainder of a few
     inputs would make as long a step as a whole batch, on very noisy gradients.
 
     Attributes:
@@ -40,7 +41,7 @@ class BatchSizeSchedule(Sampler[list[int]]):
 
     Args:
         count: Inputs in the data set.
-        sizes: Batch sizes, in the order in which they are taken.
+        sizes: Batch sizes, ascending.
         epochs: Passes over the data that the stages divide among them; None with a monitor.
         monitor: What measures the noise; None for stages.
         generator: The order's source of randomness; torch's global one if None.
@@ -60,10 +61,12 @@ class BatchSizeSchedule(Sampler[list[int]]):
         generator: torch.Generator | None = None,
     ) -> None:
         whole("count", count)
-        if not sizes:
-            raise ValueError(f"sizes={sizes!r} is empty; pass one batch size or more")
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
+            raise ValueError(f"sizes={sizes!r}: pass a list of one batch size or more")
         for size in sizes:
             whole("sizes", size)
+        if list(sizes) != sorted(sizes):
+            raise ValueError(f"sizes={sizes!r} shrink; pass them in ascending order")
         if (epochs is None) == (monitor is None):
             raise ValueError(
                 f"epochs={epochs!r} and monitor={monitor!r}: pass one of them, epochs for stages of equal length or a "
@@ -113,7 +116,7 @@ class BatchSizeSchedule(Sampler[list[int]]):
 
 def _pays(recent: Sequence[Measurement], size: int) -> bool:
     """Whether a batch size is below the noise scale."""
-    known = [one for one in recent if one.batch_size > 1]
+    known = [one for one in recent if math.isfinite(one.gradient_variance)]
     squares = sum(one.gradient_square - one.gradient_variance / one.batch_size for one in known)
     return sum(one.gradient_variance for one in known) / size > squares
 
