@@ -13,3 +13,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads():
+    """As many threads after the test as before it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

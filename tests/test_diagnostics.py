@@ -1,11 +1,8 @@
 """What is watched in training: against its definition, and without a trace in what is trained."""
 
 import copy
-import importlib.util
 import math
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ import fishopt
 from fishopt.diagnostics import BatchSizeSchedule, TrainingMonitor, condition_number, measures, monitor, schedule
 from fishopt.diagnostics.measures import Measurement, gradient_moments
 from fishopt.plotting import Characterised, plot_characterisation
+from tests.examples import loaded
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -615,16 +613,7 @@ def test_a_picture_of_runs(tmp_path):
 
 @pytest.fixture(scope="module")
 def characterising():
-    examples = Path(__file__).parent.parent / "examples"
-    sys.path.insert(0, str(examples))
-    try:
-        spec = importlib.util.spec_from_file_location("characterising", examples / "characterising.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["characterising"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(examples))
-    return module
+    return loaded("characterising")
 
 
 def test_the_example(characterising, tmp_path, capsys):

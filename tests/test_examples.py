@@ -1,6 +1,5 @@
 """What is shown to users runs: the examples in a reduced size, the README's code, the benchmark's pieces."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,21 +10,14 @@ import torch
 
 import fishopt
 from tests.asserts import assert_at_most, assert_close
+from tests.examples import loaded
 from tests.reference import derivatives
 
 ROOT = Path(__file__).parent.parent
 
 
-def _example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up; what it imports stays imported
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_digits(tmp_path, capsys):
-    digits = _example("digits")
+    digits = loaded("digits")
     threads = torch.get_num_threads()
     digits.main(["--epochs", "3", "--seeds", "2", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
@@ -52,16 +44,16 @@ def test_distributed():
 
 
 def test_custom_likelihood_runs(capsys):
-    _example("custom_likelihood").main(steps=30)
+    loaded("custom_likelihood").main(steps=30)
     assert capsys.readouterr().out.count("held-out") == 2
 
 
 def test_a_likelihood_of_two_methods_is_right_everywhere():
     """The negative binomial of the example, its labels enumerated."""
-    likelihood = _example("custom_likelihood").NegativeBinomial(r=3)
+    likelihood = loaded("custom_likelihood").NegativeBinomial(r=3)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
-    model.append(_example("custom_likelihood").NegativeSoftplus())
+    model.append(loaded("custom_likelihood").NegativeSoftplus())
     x = torch.randn(2, 2, dtype=torch.float64)
     d = derivatives(model, (x,))
     y = torch.arange(0.0, 200, dtype=torch.float64)[:, None]

@@ -1,10 +1,7 @@
 """The paper's figures in a reduced size: what is claimed holds, and what is written can be read."""
 
-import importlib.util
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,37 +10,19 @@ from torch import nn
 import fishopt
 from benchmarks import errors
 from tests.asserts import assert_close
+from tests.examples import loaded
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # examples set their own number
 
 
 @pytest.fixture(scope="module")
 def figure1():
-    return _example("figure1")
+    return loaded("figure1")
 
 
 @pytest.fixture(scope="module")
 def figure2():
-    return _example("figure2")
-
-
-def _example(name):
-    sys.path.insert(0, str(EXAMPLES))  # as for a script
-    try:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
+    return loaded("figure2")
 
 
 class _Bar:

@@ -1,12 +1,9 @@
 """The example of optimal design: its information, its exchange algorithms and what it says of PopED's numbers."""
 
 import dataclasses
-import importlib
 import itertools
 import math
-import sys
 from decimal import Decimal
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -16,21 +13,13 @@ import torch
 from scipy.optimize import minimize
 from torch.distributions import MultivariateNormal, kl_divergence
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples import loaded
+
 DTYPE = torch.float64
 
 
-def _example(name):
-    """As for a script; what one example imports from another is the same module here."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
 fisher, exchanging, warfarin, example = (
-    _example(name) for name in ("population_fisher", "design_exchange", "warfarin", "optimal_design")
+    loaded(name) for name in ("population_fisher", "design_exchange", "warfarin", "optimal_design")
 )
 
 

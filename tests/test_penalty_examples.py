@@ -1,9 +1,5 @@
 """The examples of continual learning and pruning: reduced runs, and their pieces against brute force."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from scipy import stats
@@ -11,37 +7,19 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fishopt
+from tests.examples import loaded
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # examples set their own number
 
 
 @pytest.fixture(scope="module")
 def continual():
-    return _example("continual")
+    return loaded("continual")
 
 
 @pytest.fixture(scope="module")
 def pruning():
-    return _example("pruning")
-
-
-def _example(name):
-    sys.path.insert(0, str(EXAMPLES))  # as for a script
-    try:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
+    return loaded("pruning")
 
 
 def _generator(seed=0):

@@ -1,41 +1,25 @@
 """The example of singular models: its matrices and steps against brute force, and what it prints."""
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.func import grad, jacfwd, vmap
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples import loaded
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # examples set their own number
 
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(EXAMPLES))  # as for a script
-    try:
-        spec = importlib.util.spec_from_file_location("singularities", EXAMPLES / "singularities.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["singularities"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
+    return loaded("singularities")
 
 
 @pytest.fixture(scope="module")
 def models(example):
-    return sys.modules["singular_models"]
+    return loaded("singular_models")
 
 
 def _theta(problem, seed=3):

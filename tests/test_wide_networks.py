@@ -1,11 +1,8 @@
 """Mean-field theory of wide networks: its formulas against brute force, and the example that measures it."""
 
-import importlib.util
 import itertools
 import math
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,30 +10,22 @@ import torch
 from scipy.integrate import dblquad, quad
 from torch import nn
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples import loaded
 
 
 @pytest.fixture(scope="module")
 def wide():
-    sys.path.insert(0, str(EXAMPLES))  # as for a script
-    try:
-        spec = importlib.util.spec_from_file_location("wide_networks", EXAMPLES / "wide_networks.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["wide_networks"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
+    return loaded("wide_networks")
 
 
 @pytest.fixture
 def theory(wide):
-    return sys.modules["mean_field"]
+    return loaded("mean_field")
 
 
 @pytest.fixture
 def descent(wide):
-    return sys.modules["wide_descent"]
+    return loaded("wide_descent")
 
 
 def _density(u):
