@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fishopt.optim import fused
+from fishopt.optim import fused, sampling
 from fishopt.optim.curvature import Curvature
 from tests.update_setup import SHAPES, Bag, _given, _optimizer, _set_gradients
 
@@ -230,7 +230,7 @@ def _moved(excess, beta=0.9):
     """A step of each excess: what the kernel makes of an update that is so many times the limit."""
     p, g, m, v = (torch.full((33,), x) for x in (0.0, 2.0, 0.0, 4.0))
     limit = (1 - beta) / excess
-    counts = fused.Sample([m], [v]).counts([g], beta, limit)
+    counts = sampling.Sample([m], [v]).counts([g], beta, limit)
     fused.adamw_with_frozen_square([p], [g], [m], [v], lr=excess, beta=beta, weight_decay=0.0, step=1, counts=counts)
     return p
 
@@ -257,10 +257,10 @@ def test_zero_gradients_and_limits_of_any_size():
 @pytest.mark.parametrize("size", [1, 2**13, 3 * 2**13 - 1, 3 * 2**13, 100_003, 2**19 + 77, 10**7])
 def test_samples_are_as_large_as_promised_and_within_the_tensor(size):
     x = torch.arange(size, dtype=torch.float32)
-    stride = fused._stride(x)
+    stride = sampling._stride(x)
     assert stride % 2 == 1
     assert stride <= 61
-    part = fused._blocks(x, stride) if stride > 1 else x
+    part = sampling._blocks(x, stride) if stride > 1 else x
     assert part.numel() >= min(size, max(2**13, size / 61 - 64))
     assert part.flatten()[-1] <= size - 1  # beyond the tensor there would be other memory
     assert part.flatten()[-1] >= size - 64 * (stride + 1)

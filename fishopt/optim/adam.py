@@ -16,7 +16,8 @@ from fishopt.optim.averages import Average
 from fishopt.optim.averaging import schedule_free_update
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.estimate import Moment
-from fishopt.optim.fused import Sample, adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
+from fishopt.optim.fused import adamw_with_frozen_square, can_fuse, laid_out_as, unlimited
+from fishopt.optim.sampling import Sample
 from fishopt.optim.schedule_free import ScheduleFree
 from fishopt.optim.units import Params
 
@@ -161,9 +162,8 @@ def _fused(
     if group["clip"] == math.inf:
         counts = unlimited(params)
     else:
-        if bucket.sample is None or not bucket.sample.is_of(averages, squares):
-            bucket.sample = Sample(averages, squares)
-        counts = bucket.sample.counts(grads, beta, group["clip"] * (1 - beta**step))
+        sample = bucket.measured(Sample, averages, squares)
+        counts = sample.counts(grads, beta, group["clip"] * (1 - beta**step))
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     adamw_with_frozen_square(
         params, grads, averages, squares, lr=lr, beta=beta, weight_decay=weight_decay, step=step, counts=counts

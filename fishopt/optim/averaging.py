@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from fishopt.optim.buckets import Bucket, in_parts
-from fishopt.optim.fused import Limits, has_nesterov, is_laid_out, laid_out_as, nesterov_
+from fishopt.optim.fused import has_nesterov, is_laid_out, laid_out_as, nesterov_
+from fishopt.optim.sampling import Limits
 
 UNSTRETCHED = -1.0
 """Where the state has no stretch, before the first step and in checkpoints of before there was one, it holds e."""
@@ -46,9 +47,7 @@ def schedule_free_update(bucket: Bucket) -> None:
     lr, beta, weight_decay = float(group["lr"]), group["betas"][0], group["weight_decay"]
     params, momenta, factors = bucket.widened(bucket.params), bucket.kept("exp_avg"), bucket.kept("preconditioner")
     grads = laid_out_as(factors, bucket.widened(bucket.grads()))
-    if bucket.limits is None or not bucket.limits.is_of(factors):
-        bucket.limits = Limits(factors)
-    limits = bucket.limits(grads, group["clip"])
+    limits = bucket.measured(Limits, factors)(grads, group["clip"])
     stretch, share = bucket.states[0].get("stretch", UNSTRETCHED), bucket.share(lr)
     nesterov = Nesterov.of(lr, beta, share, stretch) if _can_fuse(params, momenta, factors) else None
     new = settled(lr, beta, share) if nesterov is None else nesterov.stretch

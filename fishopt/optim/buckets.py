@@ -6,15 +6,16 @@ import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fishopt.optim.averages import follow, precision
-from fishopt.optim.fused import Limits, Sample
+from fishopt.optim.sampling import Measured
 
 State = dict[str, Any]
+M = TypeVar("M", bound=Measured)
 
 ROUNDED = 2**22
 """Entries, about, that are copied to float32 at a time."""
@@ -33,8 +34,7 @@ class Bucket:
         states: The optimizer's state of each.
         step: The count of steps, of each.
         is_rounded: Whether they have less precision than the step.
-        sample: Where FisherAdam measures the updates, once it has.
-        limits: The same, where it averages.
+        measure: What updates are measured by, once they were.
     """
 
     group: dict[str, Any]
@@ -42,8 +42,7 @@ class Bucket:
     is_rounded: bool = False
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
-    sample: Sample | None = None
-    limits: Limits | None = None
+    measure: Measured | None = None
 
     def advance(self) -> None:
         """Counts a step."""
@@ -64,6 +63,12 @@ class Bucket:
         for state in self.states:
             state["lr_max"], state["averaged"] = largest, averaged
         return 1 / averaged
+
+    def measured(self, kind: type[M], *tensors: list[Tensor]) -> M:
+        """What updates are measured by, made anew only where these tensors are others than before."""
+        if not isinstance(self.measure, kind) or not self.measure.is_of(*tensors):
+            self.measure = kind(*tensors)
+        return self.measure
 
     def kept(self, name: str) -> list[Tensor]:
         """An entry of every parameter's state."""

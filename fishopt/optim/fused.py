@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 
 import torch
 from torch import Tensor
 
-BETA2 = 1.0 - 2.0**-53
-"""The largest double below one."""
-
-LEAST = 2.0**-40
-"""The smallest bias correction in use: updates are scaled down by 2^20 at most, where it is still good to 1e-4."""
+from fishopt.optim.sampling import BETA2, Sample
 
 MAX_BETA = 0.999
 """The largest decay rate whose power ``beta^s`` is nothing for all counts s in use, 2^13 at least."""
-
-FULL = 2**13
-"""Entries of a tensor up to which, and no fewer than which, its update is measured."""
-
-BLOCK, MOST = 64, 62
-"""Of a larger tensor, one block of so many entries is measured in so many blocks at most."""
 
 NO_KERNEL = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 """What a kernel of torch's that is not there for a kind of device, or takes other arguments, raises."""
@@ -83,88 +72,6 @@ def adamw_with_frozen_square(
 def unlimited(params: list[Tensor]) -> list[Tensor]:
     """The counts that scale no update."""
     return [torch.full((), math.inf, dtype=torch.float32, device=params[0].device)] * len(params)
-
-
-class Sample:
-    """Measures the updates of some tensors: small ones in full, of larger ones a regular sample of blocks.
-
-    Another pass over memory or two would cost as much again as the step. So the roots of the squares in the sample are
-    taken once, and kept for as long as these are the averages and squares.
-
-    Args:
-        averages: Moving averages of the gradients, dense.
-        squares: The squared denominators, in the same memory layout.
-    """
-
-    def __init__(self, averages: list[Tensor], squares: list[Tensor]) -> None:
-        self._of = (averages, squares)
-        self._strides = [_stride(m) for m in averages]
-        self._averages = self._taken(averages)
-        self._inverse_roots = list(torch._foreach_sqrt(self._taken(squares)))
-        torch._foreach_reciprocal_(self._inverse_roots)
-        sizes = [-float(max(m.numel(), 1)) for m in self._averages]
-        self._negated_sizes = torch.tensor(sizes, dtype=torch.float32, device=averages[0].device)
-
-    def is_of(self, averages: list[Tensor], squares: list[Tensor]) -> bool:
-        """Whether it is of these very tensors."""
-        return all(map(operator.is_, (*averages, *squares), (*self._of[0], *self._of[1])))
-
-    def counts(self, grads: list[Tensor], beta: float, limit: float) -> list[Tensor]:
-        """The step counts with which the RMS of each ``m / sqrt(square)``, after this step's averaging, has a limit."""
-        terms = torch._foreach_lerp(self._averages, self._taken(grads), 1 - beta)
-        torch._foreach_mul_(terms, self._inverse_roots)
-        sums = torch.stack(torch._foreach_norm(terms)).square_()
-        # Minus x. Within 2^60 the square of the limit is in range of float32.
-        x = (self._negated_sizes / sums).mul_(min(max(limit, 2.0**-60), 2.0**60) ** 2).clamp_(-1.0, -LEAST)
-        return list(x.log1p_().mul_(1 / math.log1p(BETA2 - 1)).unbind())
-
-    def _taken(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [_blocks(x, s) if s > 1 else x for x, s in zip(tensors, self._strides, strict=True)]
-
-
-def sampled(x: Tensor) -> Tensor:
-    """The part of a dense tensor that a `Sample` has of it."""
-    stride = _stride(x)
-    return _blocks(x, stride) if stride > 1 else x
-
-
-class Limits:
-    """What keeps updates at a root mean square, measured as `Sample` does.
-
-    Args:
-        factors: What gradients are multiplied by.
-    """
-
-    def __init__(self, factors: list[Tensor]) -> None:
-        self._of = factors
-        self._factors = list(map(sampled, factors))
-        sizes = [float(max(x.numel(), 1)) for x in self._factors]
-        self._lengths = torch.tensor(sizes, dtype=factors[0].dtype, device=factors[0].device).sqrt_()
-
-    def is_of(self, factors: list[Tensor]) -> bool:
-        """Whether it is of these very tensors."""
-        return all(map(operator.is_, factors, self._of))
-
-    def __call__(self, grads: list[Tensor], clip: float) -> list[Tensor] | None:
-        """What each ``grad * factor`` is to be multiplied by; None if it is known that nothing is."""
-        if clip == math.inf:
-            return None
-        terms = torch._foreach_mul(list(map(sampled, grads)), self._factors)
-        scales = (self._lengths * clip).div_(torch.stack(torch._foreach_norm(terms)))
-        if scales.is_cpu and bool((scales >= 1).all()):  # elsewhere that would be waited for
-            return None
-        return list(scales.clamp_max_(1.0).unbind())
-
-
-def _stride(x: Tensor) -> int:
-    """How many blocks of a tensor make for one in the sample; odd, to not meet the same columns of a matrix always."""
-    return max((min(x.numel() // FULL, MOST) - 1) | 1, 1)
-
-
-def _blocks(x: Tensor, stride: int) -> Tensor:
-    """The first one of each so many blocks of a dense tensor, in the order of memory: a view."""
-    blocks = (x.numel() // BLOCK + stride - 1) // stride
-    return x.as_strided((blocks, BLOCK), (BLOCK * stride, 1))
 
 
 def can_fuse(params: list[Tensor], averages: list[Tensor], squares: list[Tensor], beta: float) -> bool:
