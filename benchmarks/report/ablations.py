@@ -62,10 +62,9 @@ class Ablation:
             metrics.append([variant, *(self._metric(variant, problem) for problem in problems)])
             steps.append([variant, *(self._steps(variant, problem) for problem in problems)])
         columns = ["variant", *problems]
+        shared = f"All: {self.common}. " if self.common else ""
         return [
-            Table(
-                f"{head}, final validation metric", columns, metrics, f"All: {self.common}. {number}. Strong: the best."
-            ),
+            Table(f"{head}, final validation metric", columns, metrics, f"{shared}{number}. Strong: the best."),
             Table(
                 f"{head}, steps to target",
                 columns,

@@ -162,7 +162,7 @@ def ablation(study: Ablation) -> Figure:
     for axis in (upper[0], lower[0]):
         axis.set_yticks(range(len(variants)), variants, fontsize=8)
         axis.set_ylim(len(variants) - 0.4, -0.6)
-    figure.suptitle(f"{study.name} ({study.common})", fontsize=10)
+    figure.suptitle(f"{study.name} ({study.common})" if study.common else study.name, fontsize=10)
     return figure
 
 
