@@ -1,9 +1,13 @@
-"""One thread for each worker: two would wait for each other on two cores, at several times the cost."""
+"""One thread for each worker (two would wait for each other on two cores, at several times the cost), and Ctrl-C."""
+
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# Tests send Ctrl-C to themselves, and a shell's background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
