@@ -286,19 +286,16 @@ def joint_variance(
     n, observations = len(batch), batch.observations
     label = {name: v / (observations * samples) for name, v in mean.items()}
     over_inputs = {
-        name: v * (n / observations**2) for name, v in moments_over_inputs(batch, fisher_per_input)[1].items()
+        name: v * (n / observations**2) for name, v in _variance_over_inputs(batch, fisher_per_input).items()
     }
     total = {name: over_inputs[name] + label[name] for name in batch.names}
     return JointVariance(total, over_inputs, label)
 
 
-def moments_over_inputs(
-    batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal], names: Sequence[str] | None = None
-) -> tuple[Diagonal, Diagonal]:
-    """Mean and population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
-    names = batch.names if names is None else names
-    count, mean, spread = 0, batch.zeros(names), batch.zeros(names)
-    for through, likelihood, h, _ in batch.chunks(names, per_input=True):
+def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
+    """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
+    count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
         new = count + len(h)
         for name, value in per_input(through, likelihood, h).items():
             center = value.mean(0)
@@ -306,7 +303,7 @@ def moments_over_inputs(
             spread[name] += (value - center).square().sum(0) + gap.square() * (count * len(h) / new)
             mean[name] += gap * (len(h) / new)
         count = new
-    return mean, {name: value / count for name, value in spread.items()}
+    return {name: value / count for name, value in spread.items()}
 
 
 def _side(interval: Interval, side: str) -> Tensor:

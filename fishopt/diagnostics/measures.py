@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fishopt.batch import Batch
 from fishopt.eigenvalues import numerical_rank
-from fishopt.variance import fisher_per_input, mean_label_variance, moments_over_inputs
+from fishopt.passes import Diagonal, add
+from fishopt.variance import first_order_sums
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,17 @@ def gradient_moments(gram: Tensor, batch_size: int) -> tuple[float, float]:
 
 def fisher_moments(batch: Batch, names: list[str]) -> tuple[float, float, float]:
     """Trace of the Fisher matrix per observation, and the label and input variance of I1, summed over parameters."""
-    mean, spread = moments_over_inputs(batch, fisher_per_input, names)
-    label = mean_label_variance(batch, "I1", names)
-    count = len(batch)
-    share = count / batch.observations
-    unbiased = share * count / (count - 1) if count > 1 else math.nan
-    return (
-        share * sum(float(value.sum()) for value in mean.values()),
-        sum(float(value.sum()) for value in label.values()),
-        unbiased * sum(float(value.sum()) for value in spread.values()),
-    )
+    sums: dict[str, Diagonal] = {}
+    for through, likelihood, h, _ in batch.chunks(names, per_input=True):
+        for key, found in first_order_sums(through, likelihood, h).items():
+            add(sums.setdefault(key, {}), found)
+    count, observations = len(batch), batch.observations
+    mean = {name: value.double() / count for name, value in sums["fisher"].items()}
+    # Values per input would have more digits, and take ten times as long.
+    spread = {name: (sums["squares"][name] / count - m.square()).clamp_min(0) for name, m in mean.items()}
+    unbiased = count / observations * count / (count - 1) if count > 1 else math.nan
+    return _sum(sums["fisher"]) / observations, _sum(sums["I1"]) / observations, unbiased * _sum(spread)
+
+
+def _sum(diagonal: Diagonal) -> float:
+    return sum(float(value.sum()) for value in diagonal.values())

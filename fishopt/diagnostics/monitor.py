@@ -77,7 +77,7 @@ class TrainingMonitor:
         loss_fn: Likelihood | nn.Module | str,
         optimizer: torch.optim.Optimizer,
         *,
-        every: int = 400,
+        every: int = 600,
         normalize: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
