@@ -19,7 +19,7 @@ from fishopt.checks import checked_option
 from fishopt.eigenvalues import Spectrum, numerical_rank
 from fishopt.estimators import ESTIMATORS, Draw, by_structure, estimate, request
 from fishopt.likelihoods import Likelihood
-from fishopt.passes import Diagonal, add, pulled, pushed
+from fishopt.passes import Diagonal, add, pulled, pushed, trace
 
 MATRICES = ("exact", "I1", "hutchinson", "empirical")
 """Estimators that are sums of squares, the diagonal of ``J^T J``."""
@@ -204,11 +204,12 @@ def spectrum(
     size = sum(batch.shadow.parameters[name].numel() for name in batch.names)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count={count!r}: pass a positive number of eigenvalues")
-    rows = _rows(batch, draw, estimator)
-    if method == "gram" or (method == "auto" and min(rows, size) <= GRAM_LIMIT):
-        matrix = gram(batch, draw, estimator) if rows <= size else _dense(batch, draw, estimator)
-        values = torch.linalg.eigvalsh(matrix.double()).flip(0)[: numerical_rank(matrix)]
-        return Spectrum(values.clamp_min(0), float(matrix.trace()), size, is_complete=True)
+    if method != "lanczos":  # counting rows takes a forward
+        rows = _rows(batch, draw, estimator)
+        if method == "gram" or min(rows, size) <= GRAM_LIMIT:
+            matrix = gram(batch, draw, estimator) if rows <= size else _dense(batch, draw, estimator)
+            values = torch.linalg.eigvalsh(matrix.double()).flip(0)[: numerical_rank(matrix)]
+            return Spectrum(values.clamp_min(0), float(matrix.trace()), size, is_complete=True)
     if count >= size:
         raise ValueError(f"count={count}: Lanczos finds fewer than the {size} there are; pass method='gram'")
     return _by_lanczos(batch, draw, estimator, size, count)
@@ -239,9 +240,9 @@ def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int)
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
         raise ImportError("method='lanczos' needs scipy: pip install 'fishopt[spectrum]'") from error
-    between, trace = _square(batch, draw, estimator)
-    if not trace:  # which is no starting point for Lanczos
-        return Spectrum(torch.zeros(0, dtype=torch.float64), trace, size, is_complete=True)
+    between, total = _square(batch, draw, estimator)
+    if not total:  # which is no starting point for Lanczos
+        return Spectrum(torch.zeros(0, dtype=torch.float64), total, size, is_complete=True)
     held = {name: batch.shadow.parameters[name] for name in batch.names}
 
     def product(flat: Any) -> Any:
@@ -256,7 +257,7 @@ def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int)
     found = torch.as_tensor(values).sort(descending=True).values
     wide = next(iter(held.values())).dtype
     kept = found[found > found[0] * size * torch.finfo(wide).eps]
-    return Spectrum(kept, trace, size, is_complete=len(kept) < count)  # after the first zero there are no others
+    return Spectrum(kept, total, size, is_complete=len(kept) < count)  # after the first zero there are no others
 
 
 def _device(draw: Draw) -> torch.device | None:
@@ -268,11 +269,11 @@ def _square(batch: Batch, draw: Draw, estimator: str) -> tuple[Between, float]:
     if estimator == "exact":
         plan = by_structure({"exact": batch.names}, batch.structure, batch.coverage)
         found = estimate(batch, plan, draw)
-        return lambda family, h, v, rows: _information(family, h, v), _sum(found)
+        return lambda family, h, v, rows: _information(family, h, v), trace(found)
     parts, total = [], 0.0
     for through, likelihood, h, rows in batch.chunks(batch.names):
         parts.append(_columns(likelihood, h, draw.rows(rows), estimator))
-        total += _sum(through.squared_vjp(parts[-1]))
+        total += trace(through.squared_vjp(parts[-1]))
     columns = torch.cat(parts, dim=1)
 
     def between(likelihood: Likelihood, h: Tensor, v: Tensor, rows: slice) -> Tensor:
@@ -280,7 +281,3 @@ def _square(batch: Batch, draw: Draw, estimator: str) -> tuple[Between, float]:
         return (own * (own * v).sum(2, keepdim=True)).sum(0)
 
     return between, total / batch.observations
-
-
-def _sum(diagonal: Diagonal) -> float:
-    return sum(float(value.sum()) for value in diagonal.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fishopt.batch import Batch
 from fishopt.eigenvalues import numerical_rank
-from fishopt.passes import Diagonal, add
+from fishopt.passes import Diagonal, add, trace
 from fishopt.variance import first_order_sums
 
 
@@ -99,8 +99,4 @@ def fisher_moments(batch: Batch, names: list[str]) -> tuple[float, float, float]
     # Values per input would have more digits, and take ten times as long.
     spread = {name: (sums["squares"][name] / count - m.square()).clamp_min(0) for name, m in mean.items()}
     unbiased = count / observations * count / (count - 1) if count > 1 else math.nan
-    return _sum(sums["fisher"]) / observations, _sum(sums["I1"]) / observations, unbiased * _sum(spread)
-
-
-def _sum(diagonal: Diagonal) -> float:
-    return sum(float(value.sum()) for value in diagonal.values())
+    return trace(sums["fisher"]) / observations, trace(sums["I1"]) / observations, unbiased * trace(spread)

@@ -11,6 +11,7 @@ from fishopt.passes.base import (
     Sketch,
     add,
     signs,
+    trace,
 )
 from fishopt.passes.coverage import WAYS, Coverage, coverage_of
 from fishopt.passes.products import Direction, pulled, pushed
@@ -36,6 +37,7 @@ __all__ = [
     "pulled",
     "pushed",
     "signs",
+    "trace",
     "unwrapped",
     "widened",
 ]

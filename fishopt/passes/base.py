@@ -225,6 +225,11 @@ def add(total: Diagonal, found: Diagonal) -> Diagonal:
     return total
 
 
+def trace(diagonal: Diagonal) -> float:
+    """The sum of all entries."""
+    return sum(float(value.sum()) for value in diagonal.values())
+
+
 def gram_of(gradients: Tensor, others: Tensor | None = None) -> Tensor:
     """Inner products of gradients ``[K, n, *shape]`` with others ``[K, m, *shape]``: ``[K, n, K, m]``."""
     k, n = gradients.shape[:2]
