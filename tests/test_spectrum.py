@@ -1,6 +1,5 @@
-"""The Fisher matrix against dense ones in float64: its Gram form, products, spectra, and the bounds of Theorem C.1."""
+"""The Fisher matrix against dense ones in float64: its Gram form, its spectrum, and what is refused."""
 
-import functools
 import math
 
 import pytest
@@ -12,42 +11,14 @@ from fishopt.spectrum import fisher_gram, fisher_vector_product, spectrum
 from fishopt.traces import off_diagonal_bound
 from tests.asserts import assert_close
 from tests.cases import CASES, Case
-from tests.reference import derivatives, labels, moments
+from tests.reference import labels
+from tests.spectrum_setup import _brute, _dense, _directions, _flat
 
 SMALL = [c for c in CASES if c.network not in {"conv_sigmoid", "conv_groups"}]
 
 
-@functools.cache
-def _brute(case):
-    """Derivatives and moments by enumeration, which takes seconds for three Poisson outputs."""
-    model, inputs, _ = case.build()
-    d = derivatives(model, inputs)
-    return d, moments(d, case.family)
-
-
-def _dense(case):
-    """The exact matrix by definition, ``[P, P]``, and what it is made of."""
-    model, inputs, likelihood = case.build()
-    d, m = _brute(case)
-    covariance = m.covariance
-    return model, inputs, likelihood, torch.einsum("nap,nab,nbq->pq", d.first, covariance, d.first) / len(d.h)
-
-
 def _eigenvalues(matrix, count):
     return torch.linalg.eigvalsh(matrix).flip(0)[:count]
-
-
-def _flat(by_name):
-    return torch.cat([value.flatten() for value in by_name.values()])
-
-
-def _directions(model, count=3):
-    generator = torch.Generator().manual_seed(5)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return [
-        {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in named.items()}
-        for _ in range(count)
-    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -57,15 +28,6 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_dense_one(case):
     assert found.shape == (9, 9) if case.outputs == 3 else (3, 3)
     count = min(len(found), len(dense))
     torch.testing.assert_close(_eigenvalues(found, count), _eigenvalues(dense, count), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_products_with_vectors(case):
-    model, inputs, likelihood, dense = _dense(case)
-    for vector in _directions(model):
-        found = fisher_vector_product(model, inputs, likelihood, vector)
-        assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in vector.items()}
-        torch.testing.assert_close(_flat(found), dense @ _flat(vector), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ["I1", "hutchinson", "empirical"])
@@ -193,20 +155,6 @@ def test_positions_and_what_is_ignored():
     torch.testing.assert_close(lanczos.eigenvalues, _eigenvalues(flat, 3))
 
 
-def test_outputs_in_another_order_than_the_natural_parameters():
-    torch.manual_seed(0)
-    model = nn.Conv2d(2, 3, 1).double()
-    x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
-    (vector,) = _directions(model, 1)
-    found = fisher_vector_product(model, x, fishopt.Categorical(dim=1), vector)
-    linear = nn.Linear(2, 3).double()
-    linear.load_state_dict({"weight": model.weight.flatten(1), "bias": model.bias})
-    rows = x.permute(0, 2, 3, 1).reshape(-1, 2)
-    flat = {name: value.reshape(linear.state_dict()[name].shape) for name, value in vector.items()}
-    expected = fisher_vector_product(linear, rows, fishopt.Categorical(), flat)
-    torch.testing.assert_close(_flat(found), _flat(expected))
-
-
 def test_the_model_is_left_alone():
     model, inputs, likelihood = Case("batch_norm", "categorical").build()
     model.train()
@@ -217,93 +165,6 @@ def test_the_model_is_left_alone():
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_missing_parts_of_a_vector_count_as_zero():
-    model, inputs, likelihood, dense = _dense(Case("sigmoid", "poisson"))
-    (vector,) = _directions(model, 1)
-    some = {"2.weight": vector["2.weight"]}
-    whole = {name: value * (name in some) for name, value in vector.items()}
-    found = fisher_vector_product(model, inputs, likelihood, some)
-    torch.testing.assert_close(_flat(found), dense @ _flat(whole), rtol=1e-8, atol=1e-12)
-
-
-def _variances(case):
-    """The label variance of every entry of I1's and I2's matrices, by every label: the means over inputs."""
-    model, inputs, likelihood = case.build()
-    d = derivatives(model, inputs)
-    statistic, weights = labels(case.family, d.h)
-    c = moments(d, case.family).eta - statistic
-    scores = torch.einsum("nap,kna->knp", d.first, c)
-    i1 = scores[..., :, None] * scores[..., None, :]
-    second = _hessians(model, inputs)
-    i2 = torch.einsum("napq,kna->knpq", second, c)
-    found = {}
-    for name, value in (("I1", i1), ("I2", i2)):
-        mean = torch.einsum("kn,knpq->npq", weights, value)
-        found[name] = torch.einsum("kn,knpq->npq", weights, (value - mean).square()).mean(0)
-    return model, inputs, likelihood, found
-
-
-def _hessians(model, inputs):
-    named = dict(model.named_parameters())
-    flat = torch.cat([p.detach().flatten() for p in named.values()])
-
-    def output(theta, *x):
-        parts = zip(named.items(), theta.split([p.numel() for p in named.values()]), strict=True)
-        values = {name: part.reshape(p.shape) for (name, p), part in parts}
-        return torch.func.functional_call(model, values, tuple(v[None] for v in x)).reshape(-1)
-
-    return torch.stack([torch.func.hessian(output)(flat, *x) for x in zip(*inputs, strict=True)])
-
-
-@pytest.mark.parametrize(
-    "case",
-    [Case(n, f) for n in ("sigmoid", "relu", "tied") for f in ("categorical", "bernoulli", "gaussian")]
-    + [Case("sigmoid", "poisson", outputs=1)],
-    ids=str,
-)
-@pytest.mark.parametrize("estimator", ["I1", "I2"])
-def test_theorem_c1_bounds_the_variance_of_every_entry(case, estimator):
-    model, inputs, likelihood, found = _variances(case)
-    bound = off_diagonal_bound(model, inputs, likelihood, estimator=estimator)
-    assert bound.shape == found[estimator].shape
-    assert (found[estimator] <= bound * (1 + 1e-9) + 1e-14).all()
-    torch.testing.assert_close(bound, bound.T)
-    if estimator == "I2":  # its diagonal is Theorem 4.1's
-        own = fishopt.variance_bound(model, inputs, likelihood, estimator="I2", tight=True)
-        torch.testing.assert_close(bound.diagonal(), _flat(own), rtol=1e-8, atol=1e-13)
-        assert (bound[found["I2"] > 1e-9] < 200 * found["I2"][found["I2"] > 1e-9]).float().mean() > 0.5
-
-
-def test_the_bound_on_i1_is_an_equality_for_one_gaussian_output():
-    model, inputs, likelihood, found = _variances(Case("sigmoid", "gaussian", outputs=1))
-    bound = off_diagonal_bound(model, inputs, likelihood, estimator="I1")
-    torch.testing.assert_close(bound, found["I1"], rtol=1e-8, atol=1e-13)
-
-
-@pytest.mark.parametrize("estimator", ["I1", "I2"])
-def test_bounds_are_in_the_models_order(estimator, monkeypatch):
-    """Whatever order a pass has its parameters in, and however few inputs go through it at a time."""
-
-    class Spare(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.spare, self.used = nn.Linear(2, 2), nn.Linear(2, 1)
-
-        def forward(self, x):
-            return torch.tanh(self.used(x))
-
-    torch.manual_seed(0)
-    model, x = Spare().double(), torch.randn(5, 2, dtype=torch.float64)
-    found = off_diagonal_bound(model, x, fishopt.Gaussian(variance=1.0), estimator=estimator)
-    own = fishopt.variance_bound(model, x, fishopt.Gaussian(variance=1.0), estimator=estimator)
-    assert not found[:6].any()
-    assert found[6:, 6:].all()
-    torch.testing.assert_close(found.diagonal(), _flat(own))
-    monkeypatch.setattr("fishopt.traces.MAX_ELEMENTS", 1)
-    parts = off_diagonal_bound(model, x, fishopt.Gaussian(variance=1.0), estimator=estimator)
-    torch.testing.assert_close(parts, found)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "I1", "empirical"])
@@ -345,15 +206,6 @@ def test_lanczos_says_when_there_are_no_more():
     assert nothing.is_complete
 
 
-def test_products_leave_out_what_is_ignored():
-    torch.manual_seed(0)
-    model, x = nn.Linear(2, 3).double(), torch.randn(6, 2, dtype=torch.float64)
-    y = torch.tensor([0, -100, 1, 2, -100, 1])
-    (vector,) = _directions(model, 1)
-    found = fisher_vector_product(model, x, nn.CrossEntropyLoss(), vector, targets=y)
-    assert_close(found, fisher_vector_product(model, x[y >= 0], nn.CrossEntropyLoss(), vector))
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -389,11 +241,6 @@ def test_bad_input(call, error, message):
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
     with pytest.raises(error, match=message):
         call(model, torch.randn(3, 4))
-
-
-def test_large_models_have_no_number_for_any_two_parameters():
-    with pytest.raises(ValueError, match="model has 4,100 trainable parameters"):
-        off_diagonal_bound(nn.Linear(40, 100), torch.randn(2, 40), "categorical", estimator="I1")
 
 
 def test_coupled_inputs_have_no_scores():

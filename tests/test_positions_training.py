@@ -1,0 +1,84 @@
+"""Labels at several positions in training: the optimizers count observations, and notice where classes are."""
+
+import pytest
+import torch
+from torch import nn
+
+import fishopt
+from fishopt.optim.amp import plain_gradient
+from fishopt.optim.estimate import Training
+from fishopt.optim.recorder import Record
+from fishopt.passes import Arguments
+from tests.asserts import assert_close
+from tests.positions_setup import IGNORED, Tokens
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_optimizers_count_observations(kind):
+    torch.manual_seed(0)
+    model = Tokens(4).double()
+    x, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 4, (6, 3))
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = kind(model, loss_fn, estimator="empirical")
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = loss_fn(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        c = optimizer._curvature._residuals(plain_gradient(optimizer, optimizer._recorder.last))
+        expected = model(x).softmax(-1) - nn.functional.one_hot(y, 4)
+        torch.testing.assert_close(c, expected.detach().flatten(1))
+        optimizer.step()
+        losses.append(loss.item())
+    assert optimizer._moment.batch_size == 18
+    assert optimizer._moment.scale == 1.0
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_classes_in_another_dimension_are_noticed(kind):
+    """Torch's own layout, [N, C, L], would else be read as L classes at C positions."""
+    torch.manual_seed(0)
+    model, x, y = nn.Conv1d(2, 4, 1), torch.randn(3, 2, 5), torch.randint(0, 4, (3, 5))
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"\(3, 4, 5\).*dimension 1, not -1.*Categorical\(dim=1\)"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    del optimizer
+    optimizer = kind(model, fishopt.Categorical(dim=1))
+    start = float(nn.functional.cross_entropy(model(x), y).detach())
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < start
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_ignored_positions_do_not_count_in_training(kind, parts):
+    """They are read off the loss's gradient: estimate, batch size and step are those of the labels that count."""
+    ends = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = Tokens(4).double()
+        x, y = torch.randint(0, 5, (8, 3)), torch.randint(0, 4, (8, 3))
+        y[:, 1] = IGNORED
+        y[3] = IGNORED
+        optimizer = kind(model, nn.CrossEntropyLoss(ignore_index=IGNORED), estimator="exact")
+        for _ in range(12):
+            optimizer.zero_grad()
+            for rows in torch.arange(8).split(8 // (1 if whole else parts)):
+                loss = nn.functional.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten(), reduction="sum")
+                (loss / 14).backward()
+            optimizer.step()
+            assert optimizer._moment.batch_size == 14
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        expected = fishopt.fisher_diagonal(
+            model, x, fishopt.Categorical(ignore_index=IGNORED), estimator="exact", targets=y
+        )
+        optimizer.refresh(x)
+        record = Record(Arguments((x,)), counted=y != IGNORED)
+        found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
+        assert_close(found.diagonal, expected)
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)

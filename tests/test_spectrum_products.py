@@ -1,0 +1,52 @@
+"""Products of the Fisher matrix with vectors, against dense ones in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+import fishopt
+from fishopt.spectrum import fisher_vector_product
+from tests.asserts import assert_close
+from tests.cases import CASES, Case
+from tests.spectrum_setup import _dense, _directions, _flat
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_with_vectors(case):
+    model, inputs, likelihood, dense = _dense(case)
+    for vector in _directions(model):
+        found = fisher_vector_product(model, inputs, likelihood, vector)
+        assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in vector.items()}
+        torch.testing.assert_close(_flat(found), dense @ _flat(vector), rtol=1e-8, atol=1e-12)
+
+
+def test_outputs_in_another_order_than_the_natural_parameters():
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 3, 1).double()
+    x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    (vector,) = _directions(model, 1)
+    found = fisher_vector_product(model, x, fishopt.Categorical(dim=1), vector)
+    linear = nn.Linear(2, 3).double()
+    linear.load_state_dict({"weight": model.weight.flatten(1), "bias": model.bias})
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 2)
+    flat = {name: value.reshape(linear.state_dict()[name].shape) for name, value in vector.items()}
+    expected = fisher_vector_product(linear, rows, fishopt.Categorical(), flat)
+    torch.testing.assert_close(_flat(found), _flat(expected))
+
+
+def test_missing_parts_of_a_vector_count_as_zero():
+    model, inputs, likelihood, dense = _dense(Case("sigmoid", "poisson"))
+    (vector,) = _directions(model, 1)
+    some = {"2.weight": vector["2.weight"]}
+    whole = {name: value * (name in some) for name, value in vector.items()}
+    found = fisher_vector_product(model, inputs, likelihood, some)
+    torch.testing.assert_close(_flat(found), dense @ _flat(whole), rtol=1e-8, atol=1e-12)
+
+
+def test_products_leave_out_what_is_ignored():
+    torch.manual_seed(0)
+    model, x = nn.Linear(2, 3).double(), torch.randn(6, 2, dtype=torch.float64)
+    y = torch.tensor([0, -100, 1, 2, -100, 1])
+    (vector,) = _directions(model, 1)
+    found = fisher_vector_product(model, x, nn.CrossEntropyLoss(), vector, targets=y)
+    assert_close(found, fisher_vector_product(model, x[y >= 0], nn.CrossEntropyLoss(), vector))
