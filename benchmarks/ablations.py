@@ -76,10 +76,12 @@ ABLATIONS: Mapping[str, Ablation] = {
         "damping by the standard error of the estimate, or shrinking it to the mean, against neither",
         [
             (method, {**config, **form})
-            for method, config in grid(["FisherAdam cautious"], damping=(0.03, 0.1, 0.3), lr=(1e-3, 3e-3, 1e-2))
+            for method, config in grid(
+                ["FisherAdam cautious"], damping=(0.03, 0.1, 0.3, 1.0), lr=(1e-3, 3e-3, 1e-2, 3e-2)
+            )
             for form in ({}, {"caution": 1.0}, {"shrink": True})
         ],
-        ("digits_mlp", "mnist_relu", "mnist_sigmoid"),
+        ("digits_mlp", "mnist_relu", "mnist_sigmoid", "poisson_regression"),
     ),
 }
 

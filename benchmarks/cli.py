@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from benchmarks.runs import Spec, Store, keep_runs
 
 RESULTS = Path(__file__).parent / "results"
 """What is kept with the repository."""
+
+KEPT = ("speedups_final.png", "tables.md")
+"""What of a report is kept there, besides runs."""
 
 MAIN = (
     "FisherAdam",
@@ -91,10 +95,11 @@ def show() -> None:
 @options("problems", "methods", "data", "out", "jobs", "seeds")
 @click.option(
     "--track",
-    type=click.Choice(["final", "defaults", "sensitivity"]),
+    type=click.Choice(["final", "defaults", "sensitivity", "goals"]),
     default="defaults",
     show_default=True,
-    help="final: what `tune` has chosen; defaults: methods as they come; sensitivity: nine learning rates each.",
+    help="final: what `tune` has chosen; defaults: methods as they come; sensitivity: nine learning rates each; "
+    "goals: to a goal on full batches, nine rates of AdamW and the methods without any.",
 )
 def run(
     problems: tuple[str, ...],
@@ -115,6 +120,8 @@ def run(
             raise click.ClickException("nothing is tuned yet for these problems and methods; run `tune` on them first")
     elif track == "sensitivity":
         specs = protocol.sensitivity(where, which, numbers)
+    elif track == "goals":
+        specs = protocol.goals(where, numbers)
     else:
         specs = protocol.defaults(where, which, numbers)
     _run(specs, data_dir, store, jobs)
@@ -156,18 +163,24 @@ def ablate(
 @main.command()
 @options("out")
 @click.option("--to", type=click.Path(path_type=Path), default=Path("out/report"), show_default=True, help="Folder.")
-@click.option("--keep", is_flag=True, help="Also keep the runs with the repository, in benchmarks/results/runs.")
+@click.option("--keep", is_flag=True, help="Also keep runs and tables in benchmarks/results, and fill in the README.")
 def report(out: Path, to: Path, *, keep: bool) -> None:
     """Makes tables and pictures of finished runs, and one page of all; of those in the repository if --out has none."""
-    from benchmarks.report import make
+    from benchmarks.report import fill, make
 
-    runs = list(Store(out).runs()) or list(Store(RESULTS / "runs").runs())
+    runs, kept = list(Store(out).runs()), Store(RESULTS / "runs")
+    if keep:
+        keep_runs(runs, kept.folder)
+    if keep or not runs:
+        runs = list(kept.runs())
     if not runs:
         raise click.ClickException(f"there are no runs in {out}; `run` makes some")
-    if keep:
-        keep_runs(runs, RESULTS / "runs")
-    extras = sorted(path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind))
+    extras = sorted({path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind)} - {RESULTS / KEPT[0]})
     click.echo(f"written: {make(runs, to, extras, Console())}")
+    if keep:
+        fill(RESULTS.parent.parent / "README.md", runs)
+        for name in KEPT:
+            shutil.copy(to / name, RESULTS)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

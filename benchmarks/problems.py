@@ -53,6 +53,11 @@ class Problem:
         return self.goal is not None
 
     @property
+    def has_zero(self) -> bool:
+        """Whether a percent of the metric means something: Poisson's loss is without its constant."""
+        return self.loss is not counted
+
+    @property
     def metric(self) -> str:
         """The name of what is compared: the less the better."""
         return "error rate" if self.is_classification else "loss"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,13 +65,16 @@ def rates(method: Method, around: float | None = None, points: int = 9, decades:
 
 
 def heats(specs: Iterable[Spec]) -> list[Heat]:
-    """Runs of the same track, problem and seed together, each method once: its next trial is for the next heat."""
+    """Runs of the same track, problem and seed together, each method once: its next trial is for the next heat.
+
+    On the way to a goal all at once: only afterwards is it known which rate is the one to compare with.
+    """
     found: dict[tuple[Any, ...], Heat] = defaultdict(list)
     times: Counter[tuple[Any, ...]] = Counter()
     for spec in specs:
         where = spec.track, spec.problem, spec.seed
         found[*where, times[*where, spec.method]].append(spec)
-        times[*where, spec.method] += 1
+        times[*where, spec.method] += spec.track != "goals"
     return list(found.values())
 
 
@@ -156,6 +160,19 @@ def sensitivity(problems: Iterable[str], methods: Iterable[str], seeds: Iterable
     ]
 
 
+def goals(problems: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
+    """On the way to a goal: a grid of AdamW's learning rates, and the methods that have none to tune."""
+    grid: list[tuple[str, Config]] = [(REFERENCE, {"lr": lr}) for lr in rates(METHODS[REFERENCE])]
+    grid += [(name, {}) for name, method in METHODS.items() if method.lr is None]
+    return [
+        Spec("goals", problem, method, {**config, **(fixed(problem) if config else {})}, seed, PROBLEMS[problem].steps)
+        for problem in problems
+        if PROBLEMS[problem].has_goal
+        for seed in seeds
+        for method, config in grid
+    ]
+
+
 def _fit_for(problem: str, methods: Iterable[str]) -> list[str]:
     """The methods that can be used on a problem: those with line searches need the same batch in each step."""
     return [name for name in methods if PROBLEMS[problem].batch is None or not METHODS[name].closure]
@@ -185,14 +202,36 @@ def _order(run: Run) -> tuple[float, float]:
     return math.inf if arrival is None else run.curve.step[arrival], run.metric
 
 
-def target(runs: Iterable[Run], problem: str) -> float | None:
-    """The metric to reach: the problem's own goal, or the median of tuned AdamW's at the end of its curves."""
+@dataclass(frozen=True)
+class Target:
+    """The metric to reach.
+
+    Attributes:
+        metric: A goal known in advance, or the median of tuned AdamW's at the end of its curves.
+        by_seed: Seed -> what that is the median of; none for a goal.
+    """
+
+    metric: float
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+
+    def of(self, seeds: Iterable[int]) -> float:
+        """The target, had there been these seeds: each as often as it is named."""
+        found = [self.by_seed[seed] for seed in seeds if seed in self.by_seed]
+        return median(found) if found else self.metric
+
+
+def target(runs: Iterable[Run], problem: str) -> Target | None:
+    """What there is to reach, None where tuned AdamW has not run."""
     goal = PROBLEMS[problem].goal
     if goal is not None:
-        return goal
+        return Target(goal)
     # As the curves have it, rounded and of as many examples: it is compared with curves.
-    own = [math.inf if run.diverged else run.curve.valid_metric[-1] for run in runs if _is_reference(run, problem)]
-    return median(own) if own else None
+    own = {
+        run.spec.seed: math.inf if run.diverged else run.curve.valid_metric[-1]
+        for run in runs
+        if _is_reference(run, problem)
+    }
+    return Target(median(own.values()), own) if own else None
 
 
 def _is_reference(run: Run, problem: str) -> bool:

@@ -7,12 +7,15 @@ import json
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fishopt
 from benchmarks.methods import Config
 
 
@@ -149,12 +152,13 @@ class Store:
 
 
 def keep_runs(runs: Iterable[Run], folder: Path) -> None:
-    """Writes runs into a file for each track, a line for each run, to be kept under version control.
+    """Adds runs to a file for each track, a line for each run, to be kept under version control.
 
     Of trials and of other learning rates only the outcome is kept, as nothing else of them is looked at.
     """
     by_track: dict[str, list[Run]] = {}
-    for run in runs:
+    everything = {run.spec.file: run for source in (Store(folder).runs(), runs) for run in source}
+    for _, run in sorted(everything.items()):
         is_outcome = run.spec.track in {"tune", "sensitivity"}
         short = replace(run, curve=run.curve.last(), choices=[]) if is_outcome else run
         by_track.setdefault(run.spec.track, []).append(short)
@@ -164,15 +168,35 @@ def keep_runs(runs: Iterable[Run], folder: Path) -> None:
         (folder / f"{track}.json").write_text(f"[\n{lines}\n]\n")
 
 
-def environment() -> dict[str, Any]:
-    """What a run depends on besides its spec."""
-    return {
+def environment(package: str | None = None) -> dict[str, Any]:
+    """What a run depends on besides its spec.
+
+    Args:
+        package: Of the method, if it is of another than torch.
+    """
+    found = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fishopt": version("fishopt"),
+        "sources": _sources(),
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if package in {None, "fishopt"}:
+        return found
+    (name, *_) = packages_distributions()[package]
+    return {**found, name: version(name)}
+
+
+@cache
+def _sources() -> str:
+    """A digest of fishopt as it is: versions do not tell one day's code from the next one's."""
+    folder = Path(fishopt.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def _short(value: float) -> float:

@@ -133,7 +133,7 @@ class Training:
             # Of its own time: others take their turns in between.
             curvature_share=round(report.curvature_seconds / self._seconds, 4) if report else 0.0,
             choices=_choices(report.history) if report else [],
-            environment=environment(),
+            environment=environment(self.method.package),
         )
 
 

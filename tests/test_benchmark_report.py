@@ -5,15 +5,17 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
+from benchmarks.protocol import Target
 from benchmarks.report import make
 from benchmarks.report.ablations import Ablation
-from benchmarks.report.figures import _of_one_length
+from benchmarks.report.figures import on_one_axis
 from benchmarks.report.panels import stretches
 from benchmarks.report.statistics import Estimate
 from benchmarks.report.study import Study
-from benchmarks.report.summaries import paces, speedups
+from benchmarks.report.summaries import metrics, paces, speedups
 from benchmarks.report.tables import Strong, Table, counted, number, spread
 from benchmarks.report.targets import TARGETS
 from tests.benchmark_report_setup import made, over_rates, several
@@ -29,7 +31,7 @@ def test_variants_are_named_by_what_differs():
     found = Ablation.of(Study.of(runs), "ablate-refresh")
     assert list(found.runs) == ["refresh_every=1", "refresh_every=10", "refresh_every=50"]
     assert found.common == "FisherAdam, damping=0.1"
-    assert found.targets == {"digits_mlp": 0.2}
+    assert found.targets == {"digits_mlp": Target(0.2)}
     metrics, steps = found.tables()
     assert [isinstance(row[1], Strong) for row in metrics.rows] == [False, True, False]
     assert steps.rows[1][1] == "250"
@@ -45,7 +47,7 @@ def test_variants_of_several_methods_come_method_by_method():
 
 def test_an_ablation_takes_tuned_adamw_for_its_target():
     runs = [*several(metric=0.5), *several("FisherAdam", track="ablate-x", config={"eps": 1.0}, metric=0.1)]
-    assert Ablation.of(Study.of(runs), "ablate-x").targets == {"digits_mlp": 0.5}
+    assert Ablation.of(Study.of(runs), "ablate-x").targets["digits_mlp"].metric == 0.5
 
 
 def test_estimators_over_time():
@@ -68,7 +70,16 @@ def test_the_time_of_a_step_is_over_adamws_of_the_same_seed():
 
 
 def test_curves_that_end_early_go_on_as_they_ended():
-    assert _of_one_length([[1.0], [3.0, 2.0]]).tolist() == [[1.0, 1.0], [3.0, 2.0]]
+    places, values = on_one_axis([[1, 2, 3], [1, 2], [1, 2, 3]], [[3.0, 2.0, 1.0], [5.0, 4.0], [1.0, np.nan, np.inf]])
+    assert places.tolist() == [1, 2, 3]
+    assert values.tolist() == [[3.0, 2.0, 1.0], [5.0, 4.0, 4.0], [1.0, np.inf, np.inf]]
+
+
+def test_curves_by_time_are_compared_at_the_same_times():
+    """The median of times and that of values, each by itself, would jump where one of them ends."""
+    places, values = on_one_axis([[1.0, 3.0], [2.0, 4.0]], [[10.0, 30.0], [0.0, 20.0]])
+    assert places.tolist() == [1.0, 2.0, 3.0]  # as far as the median of the ends
+    assert values.tolist() == [[10.0, 20.0, 30.0], [0.0, 0.0, 10.0]]
 
 
 def test_how_numbers_look():
@@ -87,6 +98,14 @@ def test_one_table_in_three_forms():
 def test_misses_show_how_many_seeds_hit():
     runs = [*several(), made("SGD", seed=1), *several("SGD", hit=None, seeds=(2, 3))]
     assert speedups(Study.of(runs), "final", "seconds").rows == [["digits_mlp", "miss (1 of 3)"]]
+
+
+def test_what_is_equal_is_best_together():
+    runs = [*several(test=0.1), *several("SGD", test=0.1), *several("NAdam", test=0.2), *several("Muon", test=0.01)]
+    table = metrics(Study.of(runs), "final")
+    strong = {m for m, cell in zip(table.columns[1:], table.rows[0][1:], strict=True) if isinstance(cell, Strong)}
+    assert strong == {"AdamW", "SGD"}
+    assert metrics(Study.of(runs), "final", only=("NAdam", "Muon")).columns == ["problem", "NAdam", "Muon"]
 
 
 def everything():

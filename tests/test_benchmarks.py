@@ -19,7 +19,7 @@ from benchmarks.cli import main
 from benchmarks.methods import METHODS
 from benchmarks.models import PoissonResidual
 from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Curve, Run, Spec, Store, keep_runs
+from benchmarks.runs import Curve, Run, Spec, Store, environment, keep_runs
 from benchmarks.training import Training
 
 BUILT_IN = [name for name, problem in PROBLEMS.items() if not problem.needs_files]
@@ -167,10 +167,33 @@ def test_runs_come_back_from_files_and_bundles(tmp_path):
     trial = trained(spec(steps=20, track="tune"))
     keep_runs([run, trial, run], tmp_path / "b")
     read = list(Store(tmp_path).runs())
-    assert read[:3] == [run, run, run]
-    assert read[3].metric == trial.metric
-    assert read[3].curve.step == [20]
+    assert read[:2] == [run, run]
+    assert (read[2].metric, read[2].curve.step) == (trial.metric, [20])
     assert Run.read(json.loads(json.dumps({**vars(run), "spec": vars(run.spec), "curve": vars(run.curve)}))) == run
+
+
+def test_runs_that_were_kept_before_stay_unless_they_are_repeated(tmp_path):
+    first, other = trained(spec(steps=3)), trained(spec(steps=3, seed=2))
+    again = replace(first, curvature_share=0.5)
+    keep_runs([first, other], tmp_path)
+    keep_runs([again], tmp_path)
+    assert list(Store(tmp_path).runs()) == [again, other]
+
+
+def test_on_the_way_to_a_goal_all_rates_take_turns():
+    specs = protocol.goals(["digits_mlp", "pinn_poisson"], [1, 2])
+    found = protocol.heats(specs)
+    assert [heat[0].problem for heat in found] == ["pinn_poisson"] * 2
+    methods = [s.method for s in found[0]]
+    assert methods.count("AdamW") == 9
+    assert set(methods) == {"AdamW", "L-BFGS", "DiagonalNGD auto"}
+    assert all(s.config["weight_decay"] == 0 for s in found[0] if s.method == "AdamW")
+
+
+def test_what_a_run_depends_on(tmp_path):
+    found = trained(spec(steps=3)).environment
+    assert set(found) == {"torch", "python", "fishopt", "sources", "threads", "machine", "date"}
+    assert environment("numpy")["numpy"] == np.__version__
 
 
 def test_divergence_is_seen():
@@ -199,9 +222,9 @@ def test_the_best_trial_is_run_again_on_fresh_seeds_and_adamws_median_is_the_tar
     protocol.run_all(short, None, store)
     runs = list(store.runs())
     expected = sorted(run.curve.valid_metric[-1] for run in runs if run.spec.track == "final")[1]
-    assert protocol.target(runs, "digits_mlp") == expected
+    assert protocol.target(runs, "digits_mlp").metric == expected
     assert sum(run.first(expected) is not None for run in runs if run.spec.track == "final") >= 2
-    assert protocol.target(runs, "fit_curve") == 1e-5
+    assert protocol.target(runs, "fit_curve") == protocol.Target(1e-5)
     assert protocol.target(runs, "mnist_relu") is None
 
 

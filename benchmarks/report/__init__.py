@@ -1,5 +1,5 @@
 """``python -m benchmarks report``: from finished runs to tables, pictures and one page."""
 
-from benchmarks.report.making import make
+from benchmarks.report.making import fill, make
 
-__all__ = ["make"]
+__all__ = ["fill", "make"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.protocol import Target
 from benchmarks.report.statistics import Estimate, needed, reach
 from benchmarks.report.study import Study
 from benchmarks.report.summaries import configuration, shown
@@ -28,7 +29,7 @@ class Ablation:
     name: str
     common: str
     runs: dict[str, dict[str, list[Run]]]
-    targets: dict[str, float]
+    targets: dict[str, Target]
 
     @classmethod
     def of(cls, study: Study, track: str) -> Ablation:
@@ -76,14 +77,14 @@ class Ablation:
     def _metric(self, variant: str, problem: str) -> str:
         found = {other: e.value for other in self.runs if (e := self.metric(other, problem)) is not None}
         text = shown(problem)(self.metric(variant, problem))
-        return Strong(text) if variant == min(found, key=found.__getitem__) else text
+        return Strong(text) if found.get(variant) == min(found.values()) else text
 
     def _steps(self, variant: str, problem: str) -> str:
         estimate = self.steps(variant, problem)
         if estimate is None or np.isfinite(estimate.value):
             return spread(estimate)
         runs = self.runs[variant][problem]
-        return f"miss ({sum(not reach(run, self.targets[problem]).is_miss for run in runs)} of {len(runs)})"
+        return f"miss ({sum(not reach(run, self.targets[problem].metric).is_miss for run in runs)} of {len(runs)})"
 
 
 def _name(arguments: dict[str, Any]) -> str:
@@ -92,11 +93,9 @@ def _name(arguments: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _target(study: Study, problem: str, found: dict[str, dict[str, list[Run]]]) -> float:
-    target = study.targets[problem]
-    if target is not None:
-        return target
-    return min(float(np.median([run.metric for run in runs[problem]])) for runs in found.values() if problem in runs)
+def _target(study: Study, problem: str, found: dict[str, dict[str, list[Run]]]) -> Target:
+    medians = [float(np.median([run.metric for run in runs[problem]])) for runs in found.values() if problem in runs]
+    return study.targets[problem] or Target(min(medians))
 
 
 def _order(arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -42,20 +42,25 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Met, missed, incomplete where problems that could turn it have not run, or n/a."""
+        """Met, within noise or beyond; missed; incomplete where problems that could turn it have not run; or n/a."""
         if self.value is None:
             return "n/a"
-        ok = self.value.value >= self.bar if self.at_least else self.value.value <= self.bar
+        ok = self._holds(self.value.value)
         if self.tried < self.of and ok == self.needs_all:
             return "incomplete"
-        return "met" if ok else "missed"
+        if not ok:
+            return "missed"
+        return "met" if self._holds(self.value.low) and self._holds(self.value.high) else "met, within noise"
+
+    def _holds(self, value: float) -> bool:
+        return value >= self.bar if self.at_least else value <= self.bar
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The better, the less."""
-        place = ("met", "incomplete", "missed", "n/a").index(self.verdict)
+        """The better, the less; what has not run everywhere after what has."""
+        place = ("met", "met, within noise", "missed", "incomplete", "n/a").index(self.verdict)
         value = 0.0 if self.value is None else self.value.value
-        return place, -value if self.at_least else value
+        return place, self.tried < self.of, -value if self.at_least else value
 
     def row(self) -> list[str]:
         """Of a table."""
@@ -64,7 +69,7 @@ class Check:
         interval = f"{number(self.value.low)} to {number(self.value.high)}" if self.is_drawn else "-"
         if self.value.seeds == 1:
             interval = "one seed"
-        verdict = Strong(self.verdict) if self.verdict in {"met", "missed"} else self.verdict
+        verdict = self.verdict if self.verdict in {"incomplete", "n/a"} else Strong(self.verdict)
         return [self.target, self.method, number(self.value.value) + self.remark, interval, verdict]
 
 
@@ -121,7 +126,9 @@ class Over:
         extreme = np.min if check.at_least else np.max
         value = combined(list(self.known.values()), lambda x: extreme(x, axis=0))
         where = next(problem for problem, estimate in self.known.items() if estimate.value == value.value)
-        return replace(check, value=value, remark=f" on {where}", tried=len(self.found), of=self.of)
+        unknown = [problem for problem in self.found if problem not in self.known]
+        remark = f" on {where}" + (f"; neither arrives on {', '.join(unknown)}" if unknown else "")
+        return replace(check, value=value, remark=remark, tried=len(self.known), of=self.of)
 
 
 def constant(value: float, seeds: int) -> Estimate:

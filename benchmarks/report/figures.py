@@ -20,6 +20,9 @@ from benchmarks.report.study import LABELS, Study
 from benchmarks.report.styles import grid, legend, plain
 from benchmarks.runs import Run
 
+HUGE = 1e300
+"""What stands for infinite where something is interpolated."""
+
 TARGET: dict[str, Any] = {"color": "0.3", "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
 
 
@@ -31,7 +34,8 @@ def curves(study: Study, track: str, problem: str) -> Figure | None:
     for method, runs in found.items():
         for axis, measure in ((left, "step"), (right, "seconds")):
             _curve(axis, method, runs, measure)
-    target = study.targets[problem]
+    reached = study.targets[problem]
+    target = None if reached is None else reached.metric
     for axis, label in ((left, "steps"), (right, "seconds of training")):
         if target is not None:
             axis.axhline(target, **TARGET)
@@ -46,18 +50,23 @@ def curves(study: Study, track: str, problem: str) -> Figure | None:
 
 
 def _curve(axis: Axes, method: str, runs: Sequence[Run], measure: str) -> None:
-    x = np.median(_of_one_length([getattr(run.curve, measure) for run in runs]), axis=0)
-    y = _of_one_length([run.curve.valid_metric for run in runs])
-    y = np.where(np.isfinite(y), y, np.inf)
+    x, y = on_one_axis([getattr(run.curve, measure) for run in runs], [run.curve.valid_metric for run in runs])
     axis.plot(x, np.median(y, axis=0), **styles.line(method))
     if len(runs) > 1 and (METHODS[method].is_ours or method == REFERENCE):
         axis.fill_between(x, y.min(0), y.max(0), color=styles.colour(method), alpha=0.13, linewidth=0, zorder=2)
 
 
-def _of_one_length(curves: Sequence[list[float]]) -> np.ndarray:
-    """Those that ended early, at a goal or by divergence, go on as they ended."""
-    longest = max(map(len, curves))
-    return np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
+def on_one_axis(x: Sequence[Sequence[float]], y: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Curves at the same places, as far as half of them go; those that end early go on as they ended.
+
+    Returns:
+        The places, and a row of values for each curve, infinite where it diverged.
+    """
+    places = np.unique(np.concatenate(x))
+    places = places[places <= np.median([values[-1] for values in x])]
+    finite = [np.nan_to_num(values, nan=HUGE, posinf=HUGE) for values in y]
+    found = np.array([np.interp(places, own, values) for own, values in zip(x, finite, strict=True)])
+    return places, np.where(found > HUGE**0.5, np.inf, found)
 
 
 def _metric_axis(axis: Axes, runs: Sequence[Run], target: float | None) -> None:

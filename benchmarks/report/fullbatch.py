@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.problems import PROBLEMS
+from benchmarks.protocol import REFERENCE, Target
 from benchmarks.report.statistics import Estimate, inverse, needed, speedup
 from benchmarks.report.study import Study
 from benchmarks.report.tables import Table, counted, spread
 from benchmarks.runs import Run
 
-ADAMS = ("Adam", "AdamW")
 NEWTON = "L-BFGS"
 
 
@@ -34,33 +34,28 @@ class Comparison:
     @classmethod
     def of(cls, study: Study, problem: str, method: str) -> Comparison:
         """Against whatever has run."""
-        goal = _goal(problem)
-        own, (rate, adam), newton = (
-            _any_track(study, problem, method),
-            best_rate(study, problem),
-            _any_track(study, problem, NEWTON),
-        )
+        goal, (rate, adam) = Target(_goal(problem)), best_rate(study, problem)
+        own, newton = study.get("goals", problem, method), study.get("goals", problem, NEWTON)
         ratios = {}
         for measure, others in (("steps", adam), ("seconds", adam), ("gradients", newton)):
             if own and others:
                 found = speedup(own, others, goal, measure)
                 ratios[measure] = None if found is None else inverse(found)
-        needs = {method: own, f"{adam[0].spec.method}, lr {rate:g}" if adam else "": adam, NEWTON: newton}
+        needs = {method: own, f"{REFERENCE}, lr {rate:g}": adam, NEWTON: newton}
         return cls(problem, {name: runs for name, runs in needs.items() if runs}, ratios)
 
 
 def best_rate(study: Study, problem: str) -> tuple[float, list[Run]]:
     """Adam's learning rate that reaches the goal in the fewest steps, or ends lowest if none does; and its runs."""
     by_rate: dict[float, list[Run]] = defaultdict(list)
-    method = next((name for name in ADAMS if study.get("sensitivity", problem, name)), "")
-    for run in study.get("sensitivity", problem, method):
+    for run in study.get("goals", problem, REFERENCE):
         by_rate[run.spec.config["lr"]].append(run)
     if not by_rate:
         return 0.0, []
 
     def order(rate: float) -> tuple[float, float]:
         runs = by_rate[rate]
-        return needed(runs, _goal(problem), "steps").value, Estimate.median([run.metric for run in runs]).value
+        return needed(runs, Target(_goal(problem)), "steps").value, Estimate.median([run.metric for run in runs]).value
 
     best = min(by_rate, key=order)
     return best, by_rate[best]
@@ -76,18 +71,16 @@ def table(study: Study, method: str) -> Table:
             last = Estimate.median([run.curve.train_loss[-1] for run in runs], problem)
             rows.append([problem, name, *needs, spread(last)])
             seeds.append(len(runs))
-    return Table(f"Full batch: {method} and others to the goal", columns, rows, f"Medians over {counted(seeds)}.")
+    note = (
+        f"Medians over {counted(seeds)}. {method} also takes two products with the Jacobian and at least one "
+        "more loss in each step, which the seconds tell and the gradients do not."
+    )
+    return Table(f"Full batch: {method} and others to the goal", columns, rows, note)
 
 
 def _need(runs: Sequence[Run], measure: str) -> str:
-    estimate = needed(runs, _goal(runs[0].spec.problem), measure)
+    estimate = needed(runs, Target(_goal(runs[0].spec.problem)), measure)
     return "miss" if estimate.value == float("inf") else spread(estimate)
-
-
-def _any_track(study: Study, problem: str, method: str) -> list[Run]:
-    """Runs of a method that has nothing to tune, wherever they are."""
-    tracks = ("sensitivity", "defaults", "final")
-    return next((found for track in tracks if (found := study.get(track, problem, method))), [])
 
 
 def _goal(problem: str) -> float:

@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.ablations import ABLATIONS
 from benchmarks.methods import METHODS
 from benchmarks.protocol import REFERENCE
-from benchmarks.report import claims, figures, fullbatch, panels, summaries
+from benchmarks.report import claims, figures, fullbatch, panels, readme, summaries
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.checks import all_of, best_of
 from benchmarks.report.page import Section, html, markdown
@@ -44,6 +44,11 @@ def make(runs: list[Run], folder: Path, extras: Sequence[Path] = (), console: Co
     return path
 
 
+def fill(path: Path, runs: Sequence[Run]) -> None:
+    """Puts the tables of `benchmarks.report.readme` into a text."""
+    path.write_text(readme.filled(path.read_text(), Study.of(runs)))
+
+
 def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Section]:
     found, seeds = checks(study), summaries.all_seeds(study)
     about = (
@@ -62,7 +67,7 @@ def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Se
     yield from (_ablation(Ablation.of(study, track), folder) for track in study.ablations)
     yield from (_problem(study, folder, problem) for problem in study.targets)
     yield from _others(others)
-    yield Section("What ran", "", [summaries.counts(study), summaries.environments(study)])
+    yield Section("What ran", "", [summaries.problems(study), summaries.counts(study), summaries.environments(study)])
 
 
 def _track(study: Study, folder: Path, track: str) -> Section:

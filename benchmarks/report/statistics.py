@@ -6,9 +6,11 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from benchmarks.protocol import Target
 from benchmarks.runs import Run
 
 DRAWS = 2000
@@ -45,7 +47,20 @@ class Estimate:
                 draws; those of different keys apart.
         """
         found = np.asarray(values, dtype=float)
-        return cls(float(np.median(found)), np.median(found[drawn(len(found), key)], axis=1), len(found))
+        return cls.of(lambda rows: float(np.median(found[rows])), len(found), key)
+
+    @classmethod
+    def of(cls, statistic: Callable[[np.ndarray], float], seeds: int, key: str) -> Estimate:
+        """Any statistic of seeds.
+
+        Args:
+            statistic: Takes indices of seeds, in order and with repetitions.
+            seeds: How many there are.
+            key: As of `median`.
+        """
+        distinct, which = _distinct(seeds, key)
+        draws = np.array([statistic(rows) for rows in distinct])
+        return cls(statistic(np.arange(seeds)), draws[which], seeds)
 
     @property
     def low(self) -> float:
@@ -62,6 +77,13 @@ def drawn(seeds: int, key: str) -> np.ndarray:
     """Which seeds each draw has."""
     generator = np.random.default_rng([zlib.crc32(key.encode()), seeds])
     return generator.integers(seeds, size=(DRAWS, seeds))
+
+
+@cache
+def _distinct(seeds: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The draws that differ in more than their order, few as they are, and which of them each draw is."""
+    found, which = np.unique(np.sort(drawn(seeds, key), axis=1), axis=0, return_inverse=True)
+    return found, which.ravel()
 
 
 def combined(estimates: Sequence[Estimate], function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -107,32 +129,57 @@ def _at(run: Run, index: int) -> Reach:
     return Reach(run.curve.step[index], run.curve.gradients[index], run.curve.seconds[index])
 
 
-def needed(runs: Sequence[Run], target: float, measure: str) -> Estimate:
+def needed(runs: Sequence[Run], target: Target, measure: str) -> Estimate:
     """The median over seeds of steps, gradients or seconds to the target; infinite if most seeds missed it."""
-    return Estimate.median([getattr(reach(run, target), measure) for run in runs], runs[0].spec.problem)
+
+    def of(rows: np.ndarray) -> float:
+        return float(np.median([getattr(one, measure) for one in _reached(runs, rows, target)]))
+
+    return Estimate.of(of, len(runs), runs[0].spec.problem)
 
 
-def speedup(runs: Sequence[Run], others: Sequence[Run], target: float, measure: str) -> Estimate | None:
+def speedup(runs: Sequence[Run], others: Sequence[Run], target: Target, measure: str) -> Estimate | None:
     """How many times less a method needs than another one, by seeds that both have.
 
     Where the other one missed, all that it used counts, so that the ratio is at least this. A seed on which both missed
-    says nothing; a method that missed on most seeds has a ratio of 0, unless the other one did so, too.
+    says nothing; a method that missed on most seeds has a ratio of 0, unless the other one did so, too. Each draw of
+    seeds has the target that those seeds would have set; one in which both missed counts as no difference.
 
     Returns:
         The median over seeds, or None where there is nothing to compare.
     """
     by_seed = {run.spec.seed: run for run in others}
-    pairs = [(run, by_seed[run.spec.seed]) for run in runs if run.spec.seed in by_seed]
-    if not pairs:
+    paired = [run for run in runs if run.spec.seed in by_seed]
+    theirs = [by_seed[run.spec.seed] for run in paired]
+    if not paired or math.isnan(_ratio(paired, theirs, np.arange(len(paired)), target, measure)):
         return None
-    ours, theirs = ([reach(run, target) for run in side] for side in zip(*pairs, strict=True))
+
+    def of(rows: np.ndarray) -> float:
+        ratio = _ratio(paired, theirs, rows, target, measure)
+        return 1.0 if math.isnan(ratio) else ratio
+
+    return Estimate.of(of, len(paired), runs[0].spec.problem)
+
+
+def _ratio(runs: Sequence[Run], others: Sequence[Run], rows: np.ndarray, target: Target, measure: str) -> float:
+    """The median over some seeds; not a number where both mostly missed."""
+    ours, theirs = _reached(runs, rows, target), _reached(others, rows, target)
     if _mostly_missed(ours):
-        return None if _mostly_missed(theirs) else Estimate.median([0.0] * len(pairs))
-    ratios = []
-    for (_, other), own, its in zip(pairs, ours, theirs, strict=True):
-        if not (own.is_miss and its.is_miss):
-            ratios.append(getattr(_at(other, -1) if its.is_miss else its, measure) / getattr(own, measure))
-    return Estimate.median(ratios, runs[0].spec.problem)
+        return math.nan if _mostly_missed(theirs) else 0.0
+    return float(
+        np.median(
+            [
+                getattr(_at(others[row], -1) if its.is_miss else its, measure) / getattr(own, measure)
+                for row, own, its in zip(rows, ours, theirs, strict=True)
+                if not (own.is_miss and its.is_miss)
+            ]
+        )
+    )
+
+
+def _reached(runs: Sequence[Run], rows: np.ndarray, target: Target) -> list[Reach]:
+    metric = target.of(runs[row].spec.seed for row in rows)
+    return [reach(runs[row], metric) for row in rows]
 
 
 def _mostly_missed(found: Sequence[Reach]) -> bool:
@@ -251,10 +298,7 @@ def width(metrics: Mapping[float, Sequence[float]], is_classification: bool, key
         )
         return 0.0 if found is None else found.decades
 
-    seeds = len(next(iter(metrics.values())))
-    # Few draws differ in more than their order.
-    distinct, which = np.unique(np.sort(drawn(seeds, key), axis=1), axis=0, return_inverse=True)
-    return Estimate(of(np.arange(seeds)), np.array([of(rows) for rows in distinct])[which.ravel()], seeds)
+    return Estimate.of(of, len(next(iter(metrics.values()))), key)
 
 
 def _crossing(rates: list[float], values: list[float], inside: int, outside: int, worst: float) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import protocol
 from benchmarks.methods import METHODS, Config
 from benchmarks.problems import PROBLEMS
-from benchmarks.protocol import REFERENCE
+from benchmarks.protocol import REFERENCE, Target
 from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, needed, speedup, width
 from benchmarks.runs import Run
 
@@ -25,12 +25,12 @@ class Study:
 
     Attributes:
         runs: Track, problem, method -> runs, by seed.
-        targets: Problem -> the metric to reach, None where tuned AdamW has not run.
+        targets: Problem -> what there is to reach, None where tuned AdamW has not run.
         left_out: How many runs are of other problems, methods, budgets or configurations than today's.
     """
 
     runs: dict[tuple[str, str, str], list[Run]]
-    targets: dict[str, float | None]
+    targets: dict[str, Target | None]
     left_out: int
 
     @classmethod
@@ -104,8 +104,9 @@ class Study:
 
     @property
     def swept(self) -> list[str]:
-        """The problems of the sensitivity track whose end is a result: not those with a goal."""
-        return [name for name in self.problems("sensitivity") if not PROBLEMS[name].has_goal]
+        """The problems of the sensitivity track whose end is a result, and has a percent."""
+        found = [PROBLEMS[name] for name in self.problems("sensitivity")]
+        return [problem.name for problem in found if problem.has_zero and not problem.has_goal]
 
     def rates(self, problem: str, method: str) -> dict[float, list[float]]:
         """Learning rate -> final validation metrics by seed, of the sensitivity track; rates that all seeds have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from benchmarks.report.targets import width_ratio
 MEASURES = {"seconds": "time", "steps": "steps", "gradients": "gradient evaluations"}
 
 
-def speedups(study: Study, track: str, measure: str) -> Table:
+def speedups(study: Study, track: str, measure: str, only: Sequence[str] = tuple(METHODS)) -> Table:
     """How many times less each method needs to the target than AdamW."""
-    methods = [name for name in study.methods(track) if name != REFERENCE]
+    methods = [name for name in only if name != REFERENCE and name in study.methods(track)]
     problems = [name for name in study.problems(track) if study.get(track, name, REFERENCE)]
     rows = [[p, *(_speedup(study, track, p, m, measure) for m in methods)] for p in problems]
     note = (
@@ -46,34 +46,31 @@ def _speedup(study: Study, track: str, problem: str, method: str, measure: str) 
 def _hits(study: Study, track: str, problem: str, method: str) -> str:
     runs, target = study.get(track, problem, method), study.targets[problem]
     assert target is not None
-    hits = sum(not reach(run, target).is_miss for run in runs)
+    hits = sum(not reach(run, target.metric).is_miss for run in runs)
     return f"miss ({hits} of {len(runs)})"
 
 
-def paces(study: Study, track: str) -> Table:
+def paces(study: Study, track: str, only: Sequence[str] = tuple(METHODS)) -> Table:
     """What a step of each method takes."""
-    methods = [name for name in study.methods(track) if name != REFERENCE]
+    methods = [name for name in only if name != REFERENCE and name in study.methods(track)]
     problems = [name for name in study.problems(track) if study.get(track, name, REFERENCE)]
     rows = [[p, *(spread(study.pace(track, p, m)) for m in methods)] for p in problems]
     note = f"Time of a step, refreshes included, over {REFERENCE}'s; median over {seeds(study, track)}."
     return Table(f"Time of a step, {LABELS[track]}", ["problem", *methods], rows, note)
 
 
-def metrics(study: Study, track: str) -> Table:
-    """The final test metric."""
-    methods = study.methods(track)
+def metrics(study: Study, track: str, only: Sequence[str] = tuple(METHODS)) -> Table:
+    """The final test metric, where there is no goal at which training ends."""
+    methods = [name for name in only if name in study.methods(track)]
     rows = []
-    for problem in study.problems(track):
+    for problem in (name for name in study.problems(track) if not PROBLEMS[name].has_goal):
         found = {m: study.test(track, problem, m) for m in methods}
-        best = _best({m: e for m, e in found.items() if e is not None and not METHODS[m].is_matrix})
+        values = {m: e.value for m, e in found.items() if e is not None and not METHODS[m].is_matrix}
+        best = {m for m, value in values.items() if value == min(values.values())}
         show = shown(problem)
-        rows.append([problem, *(Strong(show(found[m])) if m == best else show(found[m]) for m in methods)])
+        rows.append([problem, *(Strong(show(found[m])) if m in best else show(found[m]) for m in methods)])
     note = f"Error rate in percent, or loss; median over {seeds(study, track)}. Strong: the best without matrices."
     return Table(f"Final test metric, {LABELS[track]}", ["problem", *methods], rows, note)
-
-
-def _best(found: dict[str, Estimate]) -> str | None:
-    return min(found, key=lambda m: found[m].value) if found else None
 
 
 def shown(problem: str) -> Callable[[Estimate | None], str]:
@@ -110,16 +107,17 @@ def widths(study: Study) -> Table:
     """How robust each method is to its learning rate."""
     methods = study.methods("sensitivity")
     ours = study.ours("sensitivity")
-    columns = ["problem", *methods, *(f"{name} / {REFERENCE}" for name in ours)]
+    columns = ["problem", "seeds", *methods, *(f"{name} / {REFERENCE}" for name in ours)]
     rows = []
     for problem in study.swept:
         cells = [_width(study, problem, method) for method in methods]
-        rows.append([problem, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
+        tried = str(max(len(values) for m in methods for values in study.rates(problem, m).values()))
+        rows.append([problem, tried, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
     note = (
         "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its "
         "accuracy, or 1.01 times its loss; linear in the logarithm of the rate between two of the nine. +: up to an "
-        "end of the grid, and maybe beyond. "
-        f"Of medians over {rate_seeds(study)}."
+        "end of the grid, and maybe beyond, so that a ratio to it is at most what is given. Not here: what has a goal, "
+        f"and Poisson's loss, which has no zero. Of medians over {rate_seeds(study)}."
     )
     return Table("Width of the range of good learning rates", columns, rows, note)
 
@@ -135,11 +133,24 @@ def _width(study: Study, problem: str, method: str) -> str:
     return spread(study.width(problem, method)) + ("+" if found is not None and found.is_open else "")
 
 
+def problems(study: Study) -> Table:
+    """What was trained, for how long, and what there was to reach."""
+    columns = ["problem", "what it is", "steps", "batch", "examples of validation", "target"]
+    rows = []
+    for name, target in study.targets.items():
+        problem = PROBLEMS[name]
+        batch, most = "all" if problem.batch is None else str(problem.batch), str(problem.most)
+        goal = "-" if target is None else number(target.metric)
+        rows.append([name, problem.about.rstrip("."), str(problem.steps), batch, most, goal])
+    note = "Examples of validation: at most so many are looked at in training; all of them to choose trials."
+    return Table("Problems", columns, rows, note)
+
+
 def of_problem(study: Study, track: str, problem: str) -> Table:
     """All about one problem."""
     rows = [_method_row(study, track, problem, method) for method in study.methods(track, problem)]
     target = study.targets[problem]
-    to = "no target yet" if target is None else f"target {number(target)}"
+    to = "no target yet" if target is None else f"target {number(target.metric)}"
     columns = [
         "method", "hits", "steps", "gradients", "seconds", f"time, {REFERENCE}'s over its", "test metric", "test loss",
         "curvature", "configuration",
@@ -156,7 +167,7 @@ def _method_row(study: Study, track: str, problem: str, method: str) -> list[str
     hits, needs = "-", ["-"] * 3
     if target is not None:
         found = [study.need(track, problem, method, measure) for measure in ("steps", "gradients", "seconds")]
-        hits = f"{sum(not reach(run, target).is_miss for run in runs)} of {len(runs)}"
+        hits = f"{sum(not reach(run, target.metric).is_miss for run in runs)} of {len(runs)}"
         needs = ["miss" if e is not None and np.isinf(e.value) else spread(e) for e in found]
     ratio = "1" if method == REFERENCE else _speedup(study, track, problem, method, "seconds")
     loss = Estimate.median([float("inf") if run.diverged else run.final["test_loss"] for run in runs], problem)
@@ -189,10 +200,10 @@ def _several(study: Study, track: str, problem: str) -> str:
 
 def environments(study: Study) -> Table:
     """What the runs ran on."""
-    names = ("torch", "python", "fishopt", "threads", "machine")
+    names = ("torch", "python", "fishopt", "sources", "threads", "machine")
     found = Counter(tuple(str(run.environment.get(name, "-")) for name in names) for run in _all(study))
     rows = [[*values, str(count)] for values, count in found.most_common()]
-    return Table("Environment", [*names, "runs"], rows, "Threads: of each run.")
+    return Table("Environment", [*names, "runs"], rows, "Sources: a digest of fishopt's. Threads: of each run.")
 
 
 def counts(study: Study) -> Table:
@@ -201,7 +212,8 @@ def counts(study: Study) -> Table:
     for track in dict.fromkeys(track for track, _, _ in study.runs):
         runs = [run for (found, _, _), some in study.runs.items() if found == track for run in some]
         diverged = sum(run.diverged for run in runs)
-        distinct = counted([len({run.spec.seed for run in runs})])
+        found = (some for (name, _, _), some in study.runs.items() if name == track)
+        distinct = counted(len({run.spec.seed for run in some}) for some in found)
         numbers = len(study.problems(track)), len(study.methods(track)), len(runs), diverged
         rows.append([track, distinct, *map(str, numbers)])
     note = f"{study.left_out} runs are left out: not of today's problems, methods, budgets or tuned configurations."

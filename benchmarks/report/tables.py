@@ -36,9 +36,12 @@ class Table:
 
     def markdown(self) -> str:
         """As in a README."""
-        lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
-        lines += [_line(row) for row in self.rows]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+        return f"### {self.title}\n\n{self.body()}" + (f"\n{self.note}\n" if self.note else "")
+
+    def body(self) -> str:
+        """The same without title and note."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "".join(f"{_line(cells)}\n" for cells in lines)
 
     def rich(self) -> rich.table.Table:
         """For the console."""
