@@ -4,20 +4,25 @@ import base64
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import benchmarks
+from benchmarks.cli import RESULTS
 from benchmarks.protocol import Target
-from benchmarks.report import make
+from benchmarks.report import fill, make
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.figures import on_one_axis
 from benchmarks.report.panels import stretches
+from benchmarks.report.readme import filled
 from benchmarks.report.statistics import Estimate
 from benchmarks.report.study import Study
 from benchmarks.report.summaries import metrics, paces, speedups
 from benchmarks.report.tables import Strong, Table, counted, number, spread
 from benchmarks.report.targets import TARGETS
+from benchmarks.runs import Store
 from tests.benchmark_report_setup import made, over_rates, several
 
 # --- ablations and estimators ---
@@ -141,3 +146,20 @@ def test_a_report_of_nothing_is_a_page_of_open_targets(tmp_path):
     text = make([], tmp_path).read_text()
     assert text.count("n/a") == 2 * len(TARGETS)
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_tables_are_filled_in_between_their_marks(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- table: final-metric -->\nold\n<!-- end of table -->\nb\n")
+    fill(path, [*several(test=0.1), *several("SGD", test=0.25)])
+    expected = "| problem | AdamW | SGD |\n| --- | --- | --- |\n| digits_mlp | **10.00%** | 25.00% |\n"
+    assert path.read_text() == f"a\n<!-- table: final-metric -->\n{expected}<!-- end of table -->\nb\n"
+    path.write_text("<!-- table: nothing -->\n<!-- end of table -->\n")
+    with pytest.raises(KeyError, match="nothing"):
+        fill(path, [])
+
+
+def test_the_readme_has_the_tables_of_the_runs_that_are_kept():
+    readme = Path(benchmarks.__file__).parents[1] / "README.md"
+    study = Study.of(Store(RESULTS / "runs").runs())
+    assert filled(readme.read_text(), study) == readme.read_text(), "python -m benchmarks report --keep"
