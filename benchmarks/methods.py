@@ -24,7 +24,7 @@ class Method:
 
     Attributes:
         name: As in tables.
-        build: Makes it: network, loss, number of training examples, and its own arguments.
+        build: Makes it: network, loss, number of training examples, learning rate, and its own arguments.
         lr: Its default learning rate, the middle of the range that it is tuned in; None if it has none to tune.
         package: Of what else than torch it is a part, if it is.
         graph: Whether its backward must be differentiable.
@@ -41,6 +41,11 @@ class Method:
     closure: bool = False
     iterations: int = 1
     is_matrix: bool = False
+
+    def make(self, model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
+        """An optimizer, at the default learning rate unless it is given another."""
+        rate = {} if self.lr is None else {"lr": self.lr}
+        return self.build(model, loss_fn, examples, **{**rate, **config})
 
     @property
     def is_installed(self) -> bool:
@@ -78,7 +83,7 @@ def fisher_adam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: A
 def fisher_adam_schedule_free(
     model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any
 ) -> torch.optim.Optimizer:
-    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **{"lr": 6e-3, **config})
+    return fishopt.FisherAdam(model, loss_fn, schedule_free=True, **config)
 
 
 @method("FisherAdam cautious", 1e-3, package="fishopt")
@@ -111,7 +116,7 @@ def nadam(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) ->
 
 @method("SGD", 1e-1)
 def sgd(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **{"lr": 1e-1, **config})
+    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **config)
 
 
 @method("Muon", 1e-3, is_matrix=True)
@@ -184,7 +189,7 @@ def adahessian(model: nn.Module, loss_fn: nn.Module, examples: int, **config: An
 def ivon(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     from ivon import IVON
 
-    return IVON(model.parameters(), ess=examples, **{"lr": 1e-1, **config})
+    return IVON(model.parameters(), ess=examples, **config)
 
 
 @method("SINGD", 1e-3, package="singd", is_matrix=True)

@@ -37,7 +37,7 @@ class Training:
         self._model, self._loss = self.problem.network(), self.problem.loss()
         config, schedule = dict(spec.config), spec.config.get("schedule", "constant")
         config.pop("schedule", None)
-        self._optimizer = self.method.build(self._model, self._loss, len(self._data.train), **config)
+        self._optimizer = self.method.make(self._model, self._loss, len(self._data.train), **config)
         calls = spec.steps // self.method.iterations
         self._scheduler = None if schedule == "constant" else cosine(self._optimizer, calls)
         self._random = torch.get_rng_state()

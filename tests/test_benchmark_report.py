@@ -12,7 +12,7 @@ import pytest
 import benchmarks
 from benchmarks.cli import RESULTS
 from benchmarks.protocol import Target
-from benchmarks.report import fill, make
+from benchmarks.report import efficiency, fill, make
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.figures import on_one_axis
 from benchmarks.report.panels import stretches
@@ -163,3 +163,18 @@ def test_the_readme_has_the_tables_of_the_runs_that_are_kept():
     readme = Path(benchmarks.__file__).parents[1] / "README.md"
     study = Study.of(Store(RESULTS / "runs").runs())
     assert filled(readme.read_text(), study) == readme.read_text(), "python -m benchmarks report --keep"
+
+
+def test_what_auto_loses_by_time(tmp_path):
+    """The best by passes is not the best by time where passes share what they cost."""
+    estimators = {"I1": (1, 3.0), "exact": (10, 5.0)}
+    layer = {
+        "estimators": {name: {"passes": p, "error_x_compute": e} for name, (p, e) in estimators.items()},
+        "rules": {"auto": {"picks": {"I1": 0.5, "exact": 0.5}, "ratio_to_best": 4 / 3}},
+    }
+    errors, cost = tmp_path / "errors.json", tmp_path / "cost.json"
+    errors.write_text(json.dumps({"networks": {"ReLU": {"early": {"0": layer, "2": layer}}}}))
+    rows = [{"problem": "mlp", "method": m, "ratio": {"median": t}} for m, t in (("I1", 2.0), ("exact", 4.0))]
+    cost.write_text(json.dumps({"cpu": {"passes": {"rows": rows}}}))
+    # By time 3 x 2 = 6 and 5 / 10 x 4 = 2: their mean over the least is 2.
+    assert efficiency.read(errors, cost).rows == [["ReLU, early", "1", "I1 50%, exact 50%", "1.33", "2", "exact"]]

@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.ablations import ABLATIONS
 from benchmarks.methods import METHODS
 from benchmarks.protocol import REFERENCE
-from benchmarks.report import claims, figures, fullbatch, panels, readme, summaries
+from benchmarks.report import claims, efficiency, figures, fullbatch, panels, readme, summaries
 from benchmarks.report.ablations import Ablation
 from benchmarks.report.checks import all_of, best_of
 from benchmarks.report.page import Section, html, markdown
@@ -107,6 +107,9 @@ def _problem(study: Study, folder: Path, problem: str) -> Section:
 
 def _others(paths: Sequence[Path]) -> Iterator[Section]:
     tables = [table for path in paths if path.suffix == ".json" if (table := claims.read(path))]
+    known = {path.name: path for path in paths}
+    if {"errors.json", "cost.json"} <= known.keys():
+        tables.append(efficiency.read(known["errors.json"], known["cost.json"]))
     pictures = [path for path in paths if path.suffix == ".png"]
     yield Section("Other measurements", "", tables, pictures)
 

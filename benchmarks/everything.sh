@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Every run that benchmarks/results/runs holds, most of a day on two cores; what is finished is not repeated.
+#   benchmarks/everything.sh DATA_DIR [OUT]
+# then `python -m benchmarks report --out OUT --keep` makes the tables.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+where=(--data-dir "${1:?the folder with the data sets}" --out "${2:-out/runs}" --jobs 2)
+bench() { python -m benchmarks "$@" "${where[@]}"; }
+
+ours=(-m FisherAdam -m "FisherAdam schedule-free" -m DiagonalNGD)
+torch=(-m AdamW -m NAdam -m SGD -m Muon)
+main=("${ours[@]}" "${torch[@]}" -m "Schedule-Free AdamW")
+all=("${main[@]}" -m "DiagonalNGD auto" -m SOAP -m Sophia-H -m AdaHessian -m IVON -m SINGD)
+core=(-m AdamW -m "Schedule-Free AdamW" -m "FisherAdam schedule-free")
+
+small=(-p digits_mlp -p poisson_regression -p gaussian_regression)
+mlps=(-p mnist_relu -p mnist_sigmoid -p mnist_relu_large -p mnist_sigmoid_large -p mnist_autoencoder)
+images=(-p cifar_3c3d -p cifar_resnet8)
+goals=(-p fit_curve -p fit_surface -p pinn_poisson)
+
+compare() { # trials, seeds, then methods and problems
+  bench tune --trials "$1" "${@:3}"
+  bench run --track final --seeds "$2" "${@:3}"
+}
+compare 8 5 "${all[@]}" "${small[@]}"
+compare 8 5 "${main[@]}" "${mlps[@]}"
+compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
+compare 4 3 "${core[@]}" -m Muon -p char_transformer
+compare 4 3 "${core[@]}" "${images[@]}"
+
+bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
+bench run --track defaults --seeds 5 "${main[@]}" "${mlps[@]}"
+bench run --track defaults --seeds 3 "${main[@]}" -p mnist_cnn
+bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam -m Muon -p char_transformer
+bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam "${images[@]}"
+bench run --track defaults --seeds 3 "${main[@]}" -m "DiagonalNGD auto" -m L-BFGS "${goals[@]}"
+
+bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
+bench run --track sensitivity --seeds 3 "${core[@]}" -p mnist_relu -p mnist_sigmoid
+bench run --track sensitivity --seeds 3 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
+bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
+bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_cnn
+bench run --track goals --seeds 3
+
+bench ablate estimator refresh damping scale averaging --seeds 2 -p digits_mlp -p poisson_regression
+bench ablate caution --seeds 5 -p digits_mlp -p poisson_regression
+bench ablate caution --seeds 1 -p mnist_relu -p mnist_sigmoid
+bench ablate estimator refresh averaging --seeds 1 -p mnist_sigmoid
