@@ -41,7 +41,9 @@ def curves(study: Study, track: str, problem: str) -> Figure | None:
             axis.axhline(target, **TARGET)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3, linewidth=0.5)
-        axis.set_xlim(left=0)
+    left.set_xlim(left=0)
+    right.set_xscale("log")  # some take twenty times as long as others
+    plain(right.xaxis)
     _metric_axis(left, [run for runs in found.values() for run in runs], target)
     left.set_ylabel(f"validation {PROBLEMS[problem].metric}")
     figure.suptitle(f"{problem}, {LABELS[track]}")
@@ -99,7 +101,9 @@ def speedups(study: Study, track: str) -> Figure | None:
         _speedup_panel(axis, study, track, problem, methods)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
-    figure.supxlabel(f"{REFERENCE}'s over the method's, 95% intervals: more than 1 is faster", fontsize=10)
+    figure.supxlabel(
+        f"{REFERENCE}'s over the method's, 95% intervals (<: down to a miss): more than 1 is faster", fontsize=10
+    )
     figure.suptitle(f"To the target, {LABELS[track]}")
     shapes = [("time", "o", "0.3"), ("steps", "o", "w"), ("missed", "x", "0.3")]
     handles = [
@@ -136,7 +140,10 @@ def _speedup_panel(axis: Axes, study: Study, track: str, problem: str, methods: 
 
 def _dot(axis: Axes, method: str, found: Estimate, place: float, *, filled: bool) -> None:
     colour = styles.colour(method)
-    axis.plot([max(found.low, 1e-9), found.high], [place, place], color=colour, linewidth=2.2 if filled else 1.1)
+    width = 2.2 if filled else 1.1
+    axis.plot([max(found.low, 1e-9), found.high], [place, place], color=colour, linewidth=width)
+    if found.low == 0:  # some draws miss
+        axis.plot(0.012, place, "<", color=colour, transform=axis.get_yaxis_transform(), markersize=3 + width)
     axis.plot(found.value, place, "o", color=colour, markerfacecolor=colour if filled else "w", markersize=5.5)
 
 

@@ -147,19 +147,21 @@ def _estimator_colour(name: str) -> str:
 
 
 def ablation(study: Ablation) -> Figure:
-    """Final metric and steps to target of each variant, by problem."""
+    """The final metric of each variant, by problem, and steps to target where any arrives."""
     variants, problems = list(study.runs), list(study.targets)
-    height = 2 * (0.26 * len(variants) + 0.7) + 0.4
-    figure = Figure(figsize=(2.9 * len(problems) + 2, height), layout="constrained")
-    upper, lower = figure.subplots(2, len(problems), squeeze=False, sharey=True)
-    for above, below, problem in zip(upper, lower, problems, strict=True):
-        is_classification = PROBLEMS[problem].is_classification
-        _dots(above, [study.metric(variant, problem) for variant in variants])
-        _dots(below, [study.steps(variant, problem) for variant in variants])
-        above.set_title(problem, fontsize=10)
-        above.set_xlabel(f"final validation {'error rate' if is_classification else 'loss'}", fontsize=9)
-        below.set_xlabel("steps to target", fontsize=9)
-    for axis in (upper[0], lower[0]):
+    steps = {problem: [study.steps(variant, problem) for variant in variants] for problem in problems}
+    arrives = any(e is not None and np.isfinite(e.value) for found in steps.values() for e in found)
+    rows = 1 + arrives
+    figure = Figure(figsize=(2.9 * len(problems) + 2, rows * (0.26 * len(variants) + 0.9)), layout="constrained")
+    axes = figure.subplots(rows, len(problems), squeeze=False, sharey=True)
+    for column, problem in enumerate(problems):
+        axes[0, column].set_title(problem, fontsize=10)
+        axes[0, column].set_xlabel(f"final validation {PROBLEMS[problem].metric}", fontsize=9)
+        _dots(axes[0, column], [study.metric(variant, problem) for variant in variants])
+        if arrives:
+            axes[1, column].set_xlabel("steps to target", fontsize=9)
+            _dots(axes[1, column], steps[problem])
+    for axis in axes[:, 0]:
         axis.set_yticks(range(len(variants)), variants, fontsize=8)
         axis.set_ylim(len(variants) - 0.4, -0.6)
     figure.suptitle(f"{study.name} ({study.common})" if study.common else study.name, fontsize=10)
