@@ -62,6 +62,13 @@ ABLATIONS: Mapping[str, Ablation] = {
         [
             *grid(["FisherAdam"], scale=("auto", "dispersion", "gradient"), lr=(1e-3, 3e-3, 1e-2, 3e-2)),
             *grid(["FisherAdam"], scale=("gradient",), damping=(0.3, 1.0), lr=(1e-3, 3e-3, 1e-2)),
+            *grid(["FisherAdam schedule-free"], scale=("auto",), lr=(1.9e-3, 6e-3, 1.9e-2, 6e-2)),
+            *grid(
+                ["FisherAdam schedule-free"],
+                scale=("gradient",),
+                damping=(0.1, 0.3),
+                lr=(1.9e-3, 6e-3, 1.9e-2, 6e-2),
+            ),
         ],
     ),
     "averaging": Ablation(

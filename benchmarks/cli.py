@@ -21,6 +21,8 @@ from benchmarks.runs import Spec, Store, keep_runs
 RESULTS = Path(__file__).parent / "results"
 """What is kept with the repository."""
 
+DEFAULT_OUT = Path("out/runs")
+
 KEPT = ("speedups_final.png", "tables.md")
 """What of a report is kept there, besides runs."""
 
@@ -56,7 +58,7 @@ def options(*chosen: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "out": click.option(
             "--out",
             type=click.Path(path_type=Path),
-            default=Path("out/runs"),
+            default=DEFAULT_OUT,
             show_default=True,
             help="Where runs are.",
         ),
@@ -121,9 +123,11 @@ def run(
     elif track == "sensitivity":
         specs = protocol.sensitivity(where, which, numbers)
     elif track == "goals":
-        specs = protocol.goals(where, numbers)
+        specs = protocol.goals(where, which, numbers)
     else:
         specs = protocol.defaults(where, which, numbers)
+    if not specs:
+        raise click.ClickException(f"nothing to run for these problems and methods on the track {track!r}")
     _run(specs, data_dir, store, jobs)
 
 
@@ -169,12 +173,12 @@ def report(out: Path, to: Path, *, keep: bool) -> None:
     from benchmarks.report import fill, make
 
     runs, kept = list(Store(out).runs()), Store(RESULTS / "runs")
+    if not runs and out != DEFAULT_OUT:
+        raise click.ClickException(f"there are no runs in {out}; `run` makes some")
     if keep:
         keep_runs(runs, kept.folder)
     if keep or not runs:
         runs = list(kept.runs())
-    if not runs:
-        raise click.ClickException(f"there are no runs in {out}; `run` makes some")
     extras = sorted({path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind)} - {RESULTS / KEPT[0]})
     click.echo(f"written: {make(runs, to, extras, Console())}")
     if keep:

@@ -123,7 +123,7 @@ def tuning(problems: Iterable[str], methods: Iterable[str], count: int) -> list[
     return [
         Spec("tune", problem, method, config, TUNING_SEED, PROBLEMS[problem].steps)
         for problem in problems
-        for method in _fit_for(problem, methods)
+        for method in fit_for(problem, methods)
         for config in trials(METHODS[method], count, decays=not fixed(problem))
     ]
 
@@ -134,7 +134,7 @@ def defaults(problems: Iterable[str], methods: Iterable[str], seeds: Iterable[in
         Spec("defaults", problem, method, {}, seed, PROBLEMS[problem].steps)
         for problem in problems
         for seed in seeds
-        for method in _fit_for(problem, methods)
+        for method in fit_for(problem, methods)
     ]
 
 
@@ -160,20 +160,19 @@ def sensitivity(problems: Iterable[str], methods: Iterable[str], seeds: Iterable
     ]
 
 
-def goals(problems: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
+def goals(problems: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
     """On the way to a goal: a grid of AdamW's learning rates, and the methods that have none to tune."""
-    grid: list[tuple[str, Config]] = [(REFERENCE, {"lr": lr}) for lr in rates(METHODS[REFERENCE])]
-    grid += [(name, {}) for name, method in METHODS.items() if method.lr is None]
-    return [
-        Spec("goals", problem, method, {**config, **(fixed(problem) if config else {})}, seed, PROBLEMS[problem].steps)
-        for problem in problems
-        if PROBLEMS[problem].has_goal
-        for seed in seeds
-        for method, config in grid
-    ]
+    found = []
+    for problem in (name for name in problems if PROBLEMS[name].has_goal):
+        grid: list[tuple[str, Config]] = [(REFERENCE, {"lr": lr, **fixed(problem)}) for lr in rates(METHODS[REFERENCE])]
+        grid += [(name, {}) for name in METHODS if METHODS[name].lr is None]
+        chosen = [(name, config) for name, config in grid if name in methods]
+        steps = PROBLEMS[problem].steps
+        found += [Spec("goals", problem, name, config, seed, steps) for seed in seeds for name, config in chosen]
+    return found
 
 
-def _fit_for(problem: str, methods: Iterable[str]) -> list[str]:
+def fit_for(problem: str, methods: Iterable[str]) -> list[str]:
     """The methods that can be used on a problem: those with line searches need the same batch in each step."""
     return [name for name in methods if PROBLEMS[problem].batch is None or not METHODS[name].closure]
 
@@ -214,10 +213,13 @@ class Target:
     metric: float
     by_seed: Mapping[int, float] = field(default_factory=dict)
 
+    def varying(self, seeds: Iterable[int]) -> Target:
+        """Itself where these are the seeds that it is the median of; else as it is, for draws say nothing of it."""
+        return self if set(seeds) == self.by_seed.keys() else Target(self.metric)
+
     def of(self, seeds: Iterable[int]) -> float:
         """The target, had there been these seeds: each as often as it is named."""
-        found = [self.by_seed[seed] for seed in seeds if seed in self.by_seed]
-        return median(found) if found else self.metric
+        return median(self.by_seed[seed] for seed in seeds) if self.by_seed else self.metric
 
 
 def target(runs: Iterable[Run], problem: str) -> Target | None:

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ class Spec:
     """Which run.
 
     Attributes:
-        track: What it is for: ``"tune"``, ``"final"``, ``"defaults"``, ``"sensitivity"``, or an ablation's name.
+        track: What it is for: ``"tune"``, ``"final"``, ``"defaults"``, ``"sensitivity"``, ``"goals"``, or an
+            ablation's name.
         problem: A problem's name.
         method: A method's name.
         config: The method's arguments, besides those that `benchmarks.methods` gives it, and its ``"schedule"``.
@@ -178,7 +178,7 @@ def environment(package: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fishopt": version("fishopt"),
-        "sources": _sources(),
+        "sources": SOURCES,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,14 +189,16 @@ def environment(package: str | None = None) -> dict[str, Any]:
     return {**found, name: version(name)}
 
 
-@cache
-def _sources() -> str:
-    """A digest of fishopt as it is: versions do not tell one day's code from the next one's."""
-    folder = Path(fishopt.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:10]
+def digest(files: Iterable[Path]) -> str:
+    """Of what is in some files."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:10]
+
+
+SOURCES = digest([*Path(fishopt.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+"""Of fishopt and of what trains here, as this process found them: a version does not tell two days' code apart."""
 
 
 def _short(value: float) -> float:

@@ -157,6 +157,10 @@ def test_tables_are_filled_in_between_their_marks(tmp_path):
     path.write_text("<!-- table: nothing -->\n<!-- end of table -->\n")
     with pytest.raises(KeyError, match="nothing"):
         fill(path, [])
+    path.write_text("<!-- table: targets -->\nprose\n<!-- table: targets -->\n<!-- end of table -->\n")
+    with pytest.raises(ValueError, match="2 tables begin and 1 end"):
+        fill(path, [])
+    assert "prose" in path.read_text()
 
 
 def test_the_readme_has_the_tables_of_the_runs_that_are_kept():

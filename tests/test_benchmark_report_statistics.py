@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import protocol
 from benchmarks.protocol import Target
+from benchmarks.report.reaching import needed, reach, speedup
 from benchmarks.report.statistics import (
     Estimate,
     Profile,
@@ -15,9 +16,6 @@ from benchmarks.report.statistics import (
     drawn,
     good_rates,
     inverse,
-    needed,
-    reach,
-    speedup,
     width,
 )
 from benchmarks.report.study import Study
@@ -104,11 +102,39 @@ def test_the_target_varies_with_the_seeds_that_set_it():
     reference = [made(seed=1, metric=0.3), made(seed=2, metric=0.2), made(seed=3, metric=0.1, hit=8)]
     target = protocol.target(reference, "digits_mlp")
     assert target.metric == 0.2
-    assert [target.of(seeds) for seeds in ([1, 1, 2], [3, 3, 1], [7])] == [0.3, 0.1, 0.2]
+    assert [target.of(seeds) for seeds in ([1, 1, 2], [3, 3, 1])] == [0.3, 0.1]
     ours = several("FisherAdam", metric=0.15)
     found = needed(ours, target, "steps")
     assert (found.value, found.high) == (250, math.inf)
     assert needed(ours, GOAL, "steps").low == math.inf
+
+
+def test_ratios_vary_with_the_target_and_neither_arriving_is_no_difference():
+    reference = [made(seed=1, metric=0.3), made(seed=2, metric=0.2), made(seed=3, metric=0.1, hit=8)]
+    target = protocol.target(reference, "digits_mlp")
+    ours = several("FisherAdam", metric=0.15, hit=2)
+    found = speedup(ours, reference, target, "steps")
+    assert (found.value, found.low, found.high) == (4.0, 0.0, 4.0)
+    early = several("FisherAdam", metric=0.25, hit=2)
+    late = several("AdamW", metric=0.25, hit=4)
+    found = speedup(early, late, target, "steps")
+    assert found is None  # at the target itself both miss
+    both = speedup(several("FisherAdam", metric=0.2, hit=2), several("SGD", metric=0.2, hit=4), target, "steps")
+    assert (both.low, both.value, both.high) == (1.0, 2.0, 2.0)
+
+
+def test_of_other_seeds_the_target_is_as_it_is():
+    reference = [made(seed=i, metric=m) for i, m in ((1, 0.3), (2, 0.2), (3, 0.1))]
+    target = protocol.target(reference, "digits_mlp")
+    some = [made("FisherAdam", seed=i, metric=0.25) for i in (1, 4)]
+    assert needed(some, target, "steps").value == math.inf  # 0.2, not the 0.3 of seed 1
+    others = several("SGD", metric=0.1, seeds=(1, 4))
+    assert speedup(some, others, target, "steps").value == 0.0
+
+
+def test_a_reference_that_diverged_sets_no_target():
+    runs = [made(seed=1, diverged=True), made(seed=2, diverged=True), made(seed=3)]
+    assert protocol.target(runs, "digits_mlp").metric == math.inf
 
 
 # --- performance profiles ---

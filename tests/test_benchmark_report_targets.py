@@ -7,9 +7,10 @@ import pytest
 
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import PROBLEMS
-from benchmarks.report.checks import Check, all_of, best_of
+from benchmarks.report.checks import Check, Over, all_of, best_of
 from benchmarks.report.fullbatch import Comparison, best_rate
-from benchmarks.report.statistics import Estimate, reach
+from benchmarks.report.reaching import reach
+from benchmarks.report.statistics import Estimate
 from benchmarks.report.study import Study
 from benchmarks.report.targets import (
     AUTO_GRADIENTS,
@@ -99,6 +100,29 @@ def test_the_final_metric_is_compared_with_others_that_keep_no_matrices():
     assert "digits_mlp" in found["DiagonalNGD"].remark
 
 
+def test_only_seeds_that_both_have_are_compared():
+    """Paired, or a method that is worse on each seed would be within noise if it has other seeds."""
+    theirs = [made(seed=i, test=i / 10) for i in range(1, 6)]
+    ours = [made("FisherAdam", seed=i, test=i / 10 + 0.01) for i in (3, 4, 5)]
+    assert verdicts([*theirs, *ours], METRIC)["FisherAdam"].verdict == "missed"
+    tie = [made("FisherAdam", seed=i, test=i / 10) for i in (3, 4, 5)]
+    assert verdicts([*theirs, *tie], METRIC)["FisherAdam"].verdict == "met"
+    for bad in (math.nan, math.inf):
+        worse = [made("FisherAdam", seed=i, test=bad) for i in (3, 4, 5)]
+        assert verdicts([*theirs, *worse], METRIC)["FisherAdam"].verdict == "missed"
+
+
+def test_nothing_to_go_could_turn_it():
+    some = Check("a", "x", Estimate.median([1.0, 1.0]), 4.0, tried=2, of=4, needs_all=False)
+    assert some.verdict == "missed"  # 1 and 2 to go are not 4
+    assert replace(some, bar=3.0).verdict == "incomplete"
+
+
+def test_where_neither_arrives_nothing_is_to_go():
+    found = Over({"a": Estimate.median([1.0, 1.0]), "b": None}, 2).worst(Check("t", "m", bar=0.9))
+    assert (found.verdict, found.remark) == ("met", " on a; neither arrives on b")
+
+
 def test_problems_with_a_goal_count_neither_for_the_final_metric_nor_for_learning_rates():
     """Training ends there: what it ends with is by how much a method overshot."""
     runs = [made(m, problem="fit_curve", test=x) for m, x in (("AdamW", 0.1), ("FisherAdam", 0.9))]
@@ -111,8 +135,10 @@ def test_learning_rate_ranges_twice_as_wide_on_five_problems():
     problems = ["digits_mlp", "mnist_cnn", "mnist_relu", "mnist_sigmoid", "gaussian_regression"]
     runs = [run for p in problems for run in (*over_rates("AdamW", p, 3), *over_rates("FisherAdam", p, 5))]
     found = verdicts(runs, WIDTH)["FisherAdam"]
-    assert (found.value.value, found.verdict) == (5, "met")  # 2 decades to 1
+    assert (found.value.value, found.verdict) == (5, "met, within noise")  # 2 decades to 1, of one seed
     assert verdicts(runs[: 4 * 18], WIDTH)["FisherAdam"].verdict == "incomplete"
+    counts = [run for m, good in (("AdamW", 3), ("FisherAdam", 5)) for run in over_rates(m, "poisson_regression", good)]
+    assert verdicts(runs + counts, WIDTH)["FisherAdam"].value.value == 5  # a loss without a zero has no percent
     narrow = [run for p in problems for run in (*over_rates("AdamW", p, 3), *over_rates("FisherAdam", p, 3))]
     assert verdicts(narrow, WIDTH)["FisherAdam"].verdict == "missed"
 
@@ -183,7 +209,9 @@ def test_the_best_method_of_a_target_comes_first():
     assert [row[1] for row in all_of(found, "").rows] == ["best", "better", "worst", "-"]
     assert [row[1] for row in best_of(found, "").rows] == ["best", "-"]
     assert best_of(found, "").rows[0][3] == "one seed"
-    some = Check("a", "elsewhere", Estimate.median([9.0]), 3.0, tried=1, of=2, needs_all=False)
+    some = Check("a", "elsewhere", Estimate.median([9.0, 9.0]), 3.0, tried=1, of=2, needs_all=False)
+    first, last = replace(some, needs_all=True), replace(some, value=Estimate.median([2.0, 2.0]), needs_all=True)
+    assert [row[4] for row in all_of([last, first], "").rows] == ["incomplete", "missed"]
     assert best_of([replace(some, bar=10.0), Check("a", "worst", two, 3.0)], "").rows[0][1] == "worst"
     assert replace(some, tried=2).verdict == "met"
     assert replace(some, value=Estimate.median([2.0, 4.0, 5.0])).verdict == "met, within noise"

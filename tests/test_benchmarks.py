@@ -19,7 +19,7 @@ from benchmarks.cli import main
 from benchmarks.methods import METHODS
 from benchmarks.models import PoissonResidual
 from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Curve, Run, Spec, Store, environment, keep_runs
+from benchmarks.runs import Curve, Run, Spec, Store, digest, environment, keep_runs
 from benchmarks.training import Training
 
 BUILT_IN = [name for name, problem in PROBLEMS.items() if not problem.needs_files]
@@ -181,16 +181,24 @@ def test_runs_that_were_kept_before_stay_unless_they_are_repeated(tmp_path):
 
 
 def test_on_the_way_to_a_goal_all_rates_take_turns():
-    specs = protocol.goals(["digits_mlp", "pinn_poisson"], [1, 2])
+    specs = protocol.goals(["digits_mlp", "pinn_poisson"], METHODS, [1, 2])
     found = protocol.heats(specs)
     assert [heat[0].problem for heat in found] == ["pinn_poisson"] * 2
     methods = [s.method for s in found[0]]
     assert methods.count("AdamW") == 9
     assert set(methods) == {"AdamW", "L-BFGS", "DiagonalNGD auto"}
     assert all(s.config["weight_decay"] == 0 for s in found[0] if s.method == "AdamW")
+    assert {s.method for s in protocol.goals(["pinn_poisson"], ["L-BFGS"], [1])} == {"L-BFGS"}
 
 
 def test_what_a_run_depends_on(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("1")
+    two.write_text("2")
+    before = digest([one, two])
+    assert digest([two, one]) == before
+    one.write_text("3")
+    assert digest([one, two]) != before
     found = trained(spec(steps=3)).environment
     assert set(found) == {"torch", "python", "fishopt", "sources", "threads", "machine", "date"}
     assert environment("numpy")["numpy"] == np.__version__

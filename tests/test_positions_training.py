@@ -82,3 +82,27 @@ def test_ignored_positions_do_not_count_in_training(kind, parts):
         found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
         assert_close(found.diagonal, expected)
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule_free", [False, True])
+def test_the_size_of_f_is_the_gradients_where_an_input_has_several_labels(schedule_free):
+    """These are not independent, so F over their number is too small; a single label leaves it at the likelihood's."""
+    torch.manual_seed(0)
+    start = nn.Linear(4, 3).double().state_dict()
+    for shape, expected in (((6, 2), "gradient"), ((6,), "likelihood")):
+        ends = {}
+        for scale in ("auto", "gradient", "likelihood"):
+            model = nn.Linear(4, 3).double()
+            model.load_state_dict(start)
+            options = {"scale": scale, "schedule_free": schedule_free, "estimator": "exact"}
+            optimizer = fishopt.FisherAdam(model, nn.CrossEntropyLoss(), **options)
+            draws = torch.Generator().manual_seed(1)
+            for _ in range(3):
+                x = torch.randn(*shape, 4, dtype=torch.float64, generator=draws)
+                y = torch.randint(3, shape, generator=draws)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+                optimizer.step()
+            ends[scale] = model.weight.detach()
+        assert torch.equal(ends["auto"], ends[expected])
+        assert not torch.equal(ends["gradient"], ends["likelihood"])

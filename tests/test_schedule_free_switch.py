@@ -139,7 +139,7 @@ def test_nothing_happens_when_it_is_off():
     _evaluate(model)
     optimizer.train()
     assert _same(_values(model), before)
-    assert {*optimizer.state[model[0].weight]} == {"step", "refreshes", "exp_avg", "fisher", "preconditioner"}
+    assert {*optimizer.state[model[0].weight]} == {"step", "refreshes", "exp_avg", "fisher", "preconditioner", "energy"}
 
 
 def test_before_the_first_step_there_is_one_point():

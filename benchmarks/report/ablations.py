@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.protocol import Target
-from benchmarks.report.statistics import Estimate, needed, reach
+from benchmarks.report.reaching import needed, reach
+from benchmarks.report.statistics import Estimate
 from benchmarks.report.study import Study
 from benchmarks.report.summaries import configuration, shown
 from benchmarks.report.tables import Strong, Table, counted, spread

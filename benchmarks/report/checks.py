@@ -45,22 +45,25 @@ class Check:
         """Met, within noise or beyond; missed; incomplete where problems that could turn it have not run; or n/a."""
         if self.value is None:
             return "n/a"
-        ok = self._holds(self.value.value)
-        if self.tried < self.of and ok == self.needs_all:
+        ok, to_go = self._holds(self.value.value), self.of - self.tried
+        if to_go and (ok if self.needs_all else not ok and self._holds(self.value.value + to_go)):
             return "incomplete"
         if not ok:
             return "missed"
-        return "met" if self._holds(self.value.low) and self._holds(self.value.high) else "met, within noise"
+        is_certain = self.value.seeds > 1 and self._holds(self.value.low) and self._holds(self.value.high)
+        return "met" if is_certain or not self.is_drawn else "met, within noise"
 
     def _holds(self, value: float) -> bool:
         return value >= self.bar if self.at_least else value <= self.bar
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The better, the less; what has not run everywhere after what has."""
-        place = ("met", "met, within noise", "missed", "incomplete", "n/a").index(self.verdict)
+        """The better, the less; what has not run everywhere after what has, unless it is met as it is."""
+        is_partial = self.verdict == "missed" and self.tried < self.of
+        verdicts = ("met", "met, within noise", "missed", "incomplete", "missed so far", "n/a")
         value = 0.0 if self.value is None else self.value.value
-        return place, self.tried < self.of, -value if self.at_least else value
+        place = verdicts.index("missed so far" if is_partial else self.verdict)
+        return place, -value if self.at_least else value
 
     def row(self) -> list[str]:
         """Of a table."""
@@ -68,7 +71,7 @@ class Check:
             return [self.target, self.method, "-", "-", self.verdict]
         interval = f"{number(self.value.low)} to {number(self.value.high)}" if self.is_drawn else "-"
         if self.value.seeds == 1:
-            interval = "one seed"
+            interval = "one seed somewhere" if self.of > 1 else "one seed"
         verdict = self.verdict if self.verdict in {"incomplete", "n/a"} else Strong(self.verdict)
         return [self.target, self.method, number(self.value.value) + self.remark, interval, verdict]
 
@@ -128,7 +131,7 @@ class Over:
         where = next(problem for problem, estimate in self.known.items() if estimate.value == value.value)
         unknown = [problem for problem in self.found if problem not in self.known]
         remark = f" on {where}" + (f"; neither arrives on {', '.join(unknown)}" if unknown else "")
-        return replace(check, value=value, remark=remark, tried=len(self.known), of=self.of)
+        return replace(check, value=value, remark=remark, tried=len(self.found), of=self.of)
 
 
 def constant(value: float, seeds: int) -> Estimate:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.tables import Strong, Table, number
+from benchmarks.errors import UNBIASED
+from benchmarks.report.tables import Table, number
 
 COSTS = {"ReLU": "mlp", "sigmoid": "mlp-sigmoid"}
 """The networks of errors.json, as cost.json calls them."""
@@ -32,10 +33,11 @@ def _rows(network: str, moments: dict[str, Any], times: dict[tuple[str, str], fl
         for place, layer in enumerate(list(layers.values())[:-1], start=1):
             auto, found = layer["rules"]["auto"], {}
             for name, values in layer["estimators"].items():
-                if (time := times.get((COSTS[network], name))) is not None:
+                time = times.get((COSTS[network], name))
+                if time is not None and name in UNBIASED:
                     found[name] = values["error_x_compute"] / values["passes"] * time
             best = min(found, key=lambda name: found[name])
             mean = sum(share * found[name] for name, share in auto["picks"].items())
             ratios = [number(auto["ratio_to_best"]), number(mean / found[best])]
             picks = ", ".join(f"{name} {share:.0%}" for name, share in auto["picks"].items())
-            yield [f"{network}, {moment}", str(place), picks, ratios[0], Strong(ratios[1]), best]
+            yield [f"{network}, {moment}", str(place), picks, *ratios, best]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE, Target
-from benchmarks.report.statistics import Estimate, inverse, needed, speedup
+from benchmarks.report.reaching import needed, speedup
+from benchmarks.report.statistics import Estimate, inverse
 from benchmarks.report.study import Study
 from benchmarks.report.tables import Table, counted, spread
 from benchmarks.runs import Run

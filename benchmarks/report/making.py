@@ -52,9 +52,9 @@ def fill(path: Path, runs: Sequence[Run]) -> None:
 def _sections(study: Study, folder: Path, others: Sequence[Path]) -> Iterator[Section]:
     found, seeds = checks(study), summaries.all_seeds(study)
     about = (
-        f"The target of a problem is its goal, or the median of tuned {REFERENCE}'s final validation metrics. Numbers "
-        "are medians over seeds with bootstrap intervals; of five seeds such an interval is their whole range, which "
-        "covers the true median 94 times in 100; of three, 75 times."
+        f"The target of a problem is its goal, or the median of tuned {REFERENCE}'s final validation metrics, which "
+        "varies with the seeds drawn. Numbers are medians over seeds with 95% bootstrap intervals: of five seeds that "
+        "of a median is their whole range, which covers the true one 94 times in 100; of three, 75 times."
     )
     yield Section("Targets", about, [best_of(found, seeds), all_of(found, seeds)])
     yield from (_track(study, folder, track) for track in ("final", "defaults"))

@@ -22,7 +22,8 @@ SHOWN = (
 )
 """The methods that have a column there."""
 
-MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+BEGIN, END = "<!-- table: ", "<!-- end of table -->"
+MARK = re.compile(rf"({BEGIN}([\w-]+) -->\n)(?:(?!{BEGIN}).)*?({END})", re.DOTALL)
 
 
 def tables(study: Study) -> dict[str, Table]:
@@ -44,6 +45,9 @@ def filled(text: str, study: Study) -> str:
 
     Raises:
         KeyError: If a mark names no table.
+        ValueError: If a table has no end.
     """
-    found = tables(study)
+    found, marks = tables(study), len(MARK.findall(text))
+    if text.count(BEGIN) != marks or text.count(END) != marks:
+        raise ValueError(f"{text.count(BEGIN)} tables begin and {text.count(END)} end; put {END!r} after each")
     return MARK.sub(lambda match: match[1] + found[match[2]].body() + match[3], text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from benchmarks import protocol
 from benchmarks.methods import METHODS, Config
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE, Target
-from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, needed, speedup, width
+from benchmarks.report.reaching import needed, speedup
+from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, width
 from benchmarks.runs import Run
 
 LABELS = {"final": "tuned", "defaults": "at defaults", "sensitivity": "over learning rates"}
@@ -73,6 +75,20 @@ class Study:
         runs = self.get(track, problem, method)
         return Estimate.median([tested(run) for run in runs], problem) if runs else None
 
+    def excess(self, track: str, problem: str, method: str, other: str) -> Estimate | None:
+        """By how much its final test metric is above another method's, over the seeds that both have."""
+        by_seed = {run.spec.seed: tested(run) for run in self.get(track, problem, other)}
+        pairs = [(tested(r), by_seed[r.spec.seed]) for r in self.get(track, problem, method) if r.spec.seed in by_seed]
+        if not pairs:
+            return None
+        ours, theirs = np.array(pairs).T
+
+        def of(rows: np.ndarray) -> float:
+            own = float(np.median(ours[rows]))
+            return own - float(np.median(theirs[rows])) if math.isfinite(own) else math.inf
+
+        return Estimate.of(of, len(pairs), problem)
+
     def need(self, track: str, problem: str, method: str, measure: str) -> Estimate | None:
         """Steps, gradients or seconds to the target."""
         runs, target = self.get(track, problem, method), self.targets[problem]
@@ -129,7 +145,8 @@ class Study:
 
 def tested(run: Run) -> float:
     """The final test metric, infinite if the run diverged."""
-    return float("inf") if run.diverged else run.final["test_metric"]
+    metric: float = run.final["test_metric"]
+    return math.inf if run.diverged or math.isnan(metric) else metric
 
 
 def _is_known(run: Run) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE
-from benchmarks.report.statistics import FACTOR, Estimate, Profile, reach
+from benchmarks.report.reaching import reach
+from benchmarks.report.statistics import FACTOR, Estimate, Profile
 from benchmarks.report.study import LABELS, Study
 from benchmarks.report.tables import Strong, Table, counted, number, percent, spread
 from benchmarks.report.targets import width_ratio
@@ -111,7 +112,7 @@ def widths(study: Study) -> Table:
     rows = []
     for problem in study.swept:
         cells = [_width(study, problem, method) for method in methods]
-        tried = str(max(len(values) for m in methods for values in study.rates(problem, m).values()))
+        tried = counted(len(values) for m in methods for values in study.rates(problem, m).values())
         rows.append([problem, tried, *cells, *(spread(width_ratio(study, name, problem)) for name in ours)])
     note = (
         "Decades of learning rates, around the best one, that end within 1% of it on validation: 0.99 times its "
@@ -135,14 +136,16 @@ def _width(study: Study, problem: str, method: str) -> str:
 
 def problems(study: Study) -> Table:
     """What was trained, for how long, and what there was to reach."""
-    columns = ["problem", "what it is", "steps", "batch", "examples of validation", "target"]
+    columns = ["problem", "what it is", "steps", "batch", "validation in training, at most", "target"]
     rows = []
     for name, target in study.targets.items():
         problem = PROBLEMS[name]
         batch, most = "all" if problem.batch is None else str(problem.batch), str(problem.most)
         goal = "-" if target is None else number(target.metric)
         rows.append([name, problem.about.rstrip("."), str(problem.steps), batch, most, goal])
-    note = "Examples of validation: at most so many are looked at in training; all of them to choose trials."
+    note = (
+        "The target is on the examples of validation that are looked at in training; trials are chosen on all of them."
+    )
     return Table("Problems", columns, rows, note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import numpy as np
 
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-from benchmarks.protocol import REFERENCE
+from benchmarks.protocol import REFERENCE, fit_for
 from benchmarks.report.checks import Check, Over, constant
 from benchmarks.report.fullbatch import Comparison
 from benchmarks.report.statistics import Estimate, combined, inverse
@@ -45,23 +46,16 @@ def checks(study: Study) -> list[Check]:
 
 
 def _over(
-    study: Study,
-    track: str,
-    method: str,
-    than: str,
-    value: Callable[[str], Estimate | None],
-    *,
-    goals: bool = True,
+    study: Study, track: str, problems: list[str], method: str, than: str, value: Callable[[str], Estimate | None]
 ) -> Over:
-    """Of the problems on which the other method has run; those with a goal among them or not."""
-    problems = [problem for problem in study.problems(track) if goals or not PROBLEMS[problem].has_goal]
+    """Of those problems on which the other method has run."""
     there = [problem for problem in problems if study.get(track, problem, than)]
     return Over({p: value(p) for p in there if study.get(track, p, method)}, len(there))
 
 
 def _time(study: Study) -> Iterator[Check]:
     for method in study.ours("final"):
-        over = _over(study, "final", method, REFERENCE, partial(_speed, study, method))
+        over = _over(study, "final", study.problems("final"), method, REFERENCE, partial(_speed, study, method))
         yield over.count(Check(FASTER, method, bar=over.of / 2), lambda x: x >= 1.5)
         yield over.worst(Check(SLOWER, method, bar=0.9))
 
@@ -77,7 +71,7 @@ def _steps_ratio(study: Study, method: str, problem: str) -> Estimate | None:
 
 def _steps(study: Study) -> Iterator[Check]:
     for method in study.ours("final"):
-        over = _over(study, "final", method, RIVAL, partial(_steps_ratio, study, method))
+        over = _over(study, "final", study.problems("final"), method, RIVAL, partial(_steps_ratio, study, method))
         yield over.worst(Check(STEPS, method, bar=1.0, at_least=False))
 
 
@@ -88,11 +82,14 @@ def rivals(study: Study, problem: str) -> dict[str, Estimate]:
     return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
-def is_within_noise(ours: Estimate, others: dict[str, Estimate]) -> bool:
-    """Whether it may be, on other seeds, that a metric is no worse than the best one of others."""
-    best = min(others.values(), key=lambda e: e.value)
-    # Of the same draws of seeds: weights and batches are the same for all methods.
-    return combined([ours, best], lambda x: x[0] > x[1]).low == 0
+def is_within_noise(study: Study, problem: str, method: str, others: dict[str, Estimate]) -> bool:
+    """Whether it may be, on other seeds, that a metric is no worse than the best one of others.
+
+    The same seeds of both are compared, which have the same weights and batches.
+    """
+    best = min(others, key=lambda name: others[name].value)
+    excess = study.excess("final", problem, method, best)
+    return excess is not None and math.isfinite(excess.value) and excess.low <= 0
 
 
 def _metric(study: Study) -> Iterator[Check]:
@@ -100,7 +97,7 @@ def _metric(study: Study) -> Iterator[Check]:
     for method in study.ours("final"):
         own = {p: estimate for p in problems if (estimate := study.test("final", p, method))}
         if own:
-            bad = [p for p, estimate in own.items() if not is_within_noise(estimate, problems[p])]
+            bad = [p for p in own if not is_within_noise(study, p, method, problems[p])]
             remark = f" of {len(own)} problems" + (f"; not on {', '.join(bad)}" if bad else "")
             count = constant(len(own) - len(bad), min(e.seeds for e in own.values()))
             check = Check(METRIC, method, count, len(own), is_drawn=False)
@@ -117,7 +114,7 @@ def width_ratio(study: Study, method: str, problem: str) -> Estimate | None:
 
 def _width(study: Study) -> Iterator[Check]:
     for method in study.ours("sensitivity"):
-        over = _over(study, "sensitivity", method, REFERENCE, partial(width_ratio, study, method), goals=False)
+        over = _over(study, "sensitivity", study.swept, method, REFERENCE, partial(width_ratio, study, method))
         yield Over(over.found, max(over.of, 5)).count(Check(WIDTH, method, bar=5), lambda x: x >= 2)
 
 
@@ -133,6 +130,8 @@ def _full_batch(study: Study) -> Iterator[Check]:
 def _defaults(study: Study) -> Iterator[Check]:
     problems = [p for p in study.problems("defaults") if study.targets[p] is not None]
     profile, absent = study.profile("defaults", "seconds")
+    # L-BFGS cannot run everywhere.
+    absent = [name for name in absent if all(fit_for(problem, [name]) for problem in problems)]
     for method in study.ours("defaults"):
         needs = {p: e for p in problems if (e := study.need("defaults", p, method, "steps"))}
         if needs:

@@ -55,8 +55,9 @@ class FisherAdam(ScheduleFree):
         scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
             ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
             ``"gradient"``: each layer's mean of F/B is the moving average of its training gradients' mean square.
-            ``"auto"``: ``"dispersion"`` for ``nn.MSELoss``, else ``"likelihood"``. A `Gaussian` whose variance is to be
-            estimated has it estimated under any.
+            ``"auto"``: ``"dispersion"`` for ``nn.MSELoss``; ``"gradient"`` where an input has labels at several
+            positions, which are not as independent as the likelihood has them; else ``"likelihood"``. A `Gaussian`
+            whose variance is to be estimated has it estimated under any.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
             key such as ``"logits"``, or an attribute's name.
@@ -111,6 +112,7 @@ class FisherAdam(ScheduleFree):
             output=output,
             generator=generator,
             scale=scale,
+            grafts=scale in ("auto", "gradient"),
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ class FisherAdam(ScheduleFree):
     def _preconditioner(self, fisher: Average, group: dict[str, Any], state: dict[str, Any], moment: Moment) -> Tensor:
         # Var of the batch's gradient: that of the mean NLL is F/B, times the loss's scale and dispersion.
         factor = torch.full_like(fisher.layer, moment.scale**2 * moment.dispersion / moment.batch_size)
-        if fisher.energy is not None:
+        if fisher.energy is not None and (self._scale == "gradient" or moment.positions > 1):
             tiny = torch.finfo(factor.dtype).tiny
             known = (fisher.energy > tiny) & (fisher.layer > tiny)
             factor = torch.where(known, fisher.energy / fisher.layer, factor)

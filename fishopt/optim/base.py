@@ -55,9 +55,10 @@ class FisherOptimizer(Resumable, ABC):
         output: Any,
         generator: torch.Generator | None,
         scale: str = "auto",
+        grafts: bool = False,
     ) -> None:
         family, estimates_noise = training_likelihood(likelihood, scale)
-        self._grafts = scale == "gradient"
+        self._scale, self._grafts = scale, grafts and (scale == "gradient" or not estimates_noise)
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}

@@ -13,7 +13,7 @@ from fishopt.optim.recorder import LossHook, Recorder
 
 KEPT = (
     *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
-    *("_recorder", "_handle", "_loss", "_readout", "_skipped", "_holds", "_grafts"),
+    *("_recorder", "_handle", "_loss", "_readout", "_skipped", "_holds", "_scale", "_grafts"),
 )
 """Attributes that go along, besides torch's own three."""
 

@@ -220,7 +220,7 @@ class Curvature:
         self._notice(batch.coverage)  # not before: NaNs spoil the look at which ways are right
         counted = some.counted
         per_input = batch.positions if counted is None else float(counted.sum()) / len(counted)
-        return Part(diagonal, batch.observations, per_input, batch.width // batch.positions)
+        return Part(diagonal, batch.observations, per_input, batch.width // batch.positions, batch.positions)
 
     def _merged(
         self,
@@ -249,6 +249,7 @@ class Curvature:
             batch_size=totals.batch_size,
             scale=scale * totals.multiple / world.size,
             dispersion=self.noise.dispersion if self.estimates_noise else 1.0,
+            positions=totals.positions / totals.parts,
         )
         nowhere = [count == totals.parts for count in sums[len(own) :]]
         self._fill_in(diagonal, compress(names, nowhere), training, moment)

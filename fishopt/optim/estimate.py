@@ -17,11 +17,13 @@ class Moment(NamedTuple):
         batch_size: Observations in the training batch: inputs, or where labels have positions those that count.
         scale: The loss's gradient as a multiple of that of the mean NLL.
         dispersion: The labels' variance over the one that the likelihood assumes, averaged; 1 unless it is estimated.
+        positions: Positions of an input, that count or not, at which it has labels.
     """
 
     batch_size: int
     scale: float
     dispersion: float
+    positions: float = 1.0
 
 
 class Estimate(NamedTuple):
@@ -51,12 +53,14 @@ class Part(NamedTuple):
         observations: What it is the mean over.
         per_input: Observations per input of the training batch.
         width: Natural parameters of one observation.
+        positions: Of an input, that count or not.
     """
 
     diagonal: Diagonal
     observations: int
     per_input: float
     width: int
+    positions: int
 
 
 class Totals(NamedTuple):
@@ -66,6 +70,7 @@ class Totals(NamedTuple):
         observations: Observations that the estimates are means over.
         trained_on: Observations in the training batches of the processes that have an estimate.
         width: Natural parameters of one observation.
+        positions: Of an input, that count or not.
         parts: Processes that have an estimate.
         inputs: Inputs in these processes' training batches.
         everyones: Inputs in all processes' training batches.
@@ -77,6 +82,7 @@ class Totals(NamedTuple):
     observations: float
     trained_on: float
     width: float
+    positions: float
     parts: float
     inputs: float
     everyones: float
@@ -88,9 +94,9 @@ class Totals(NamedTuple):
     def of(cls, part: Part | None, inputs: int, multiple: float, residuals: tuple[float, float]) -> Self:
         """This process's share of the sums."""
         if part is None:
-            return cls(0.0, 0.0, 0.0, 0.0, 0.0, float(inputs), multiple, *residuals)
+            return cls(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float(inputs), multiple, *residuals)
         trained_on = inputs * part.per_input
-        return cls(part.observations, trained_on, part.width, 1.0, inputs, inputs, multiple, *residuals)
+        return cls(part.observations, trained_on, part.width, part.positions, 1.0, inputs, inputs, multiple, *residuals)
 
     @property
     def batch_size(self) -> int:
