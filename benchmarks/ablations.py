@@ -71,6 +71,11 @@ ABLATIONS: Mapping[str, Ablation] = {
             ),
         ],
     ),
+    "positions": Ablation(
+        "where the size of F is from if an input has labels at several positions",
+        grid(["FisherAdam", "FisherAdam schedule-free"], scale=("likelihood", "gradient")),
+        ("char_transformer",),
+    ),
     "averaging": Ablation(
         "schedule-free averaging, against a cosine decay and neither",
         [

@@ -26,7 +26,7 @@ compare() { # trials, seeds, then methods and problems
 compare 8 5 "${all[@]}" "${small[@]}"
 compare 8 5 "${main[@]}" "${mlps[@]}"
 compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
-compare 4 3 "${core[@]}" -m Muon -p char_transformer
+compare 5 3 "${core[@]}" -m Muon -p char_transformer
 compare 4 3 "${core[@]}" "${images[@]}"
 
 bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
@@ -37,13 +37,13 @@ bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam "${images[@]}"
 bench run --track defaults --seeds 3 "${main[@]}" -m "DiagonalNGD auto" -m L-BFGS "${goals[@]}"
 
 bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
-bench run --track sensitivity --seeds 3 "${core[@]}" -p mnist_relu -p mnist_sigmoid
-bench run --track sensitivity --seeds 3 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
 bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
-bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_cnn
+bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
 bench run --track goals --seeds 3
 
 bench ablate estimator refresh damping scale averaging --seeds 2 -p digits_mlp -p poisson_regression
+bench ablate scale --seeds 2 -p gaussian_regression
+bench ablate scale --seeds 1 -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
+bench ablate positions --seeds 1
 bench ablate caution --seeds 5 -p digits_mlp -p poisson_regression
-bench ablate caution --seeds 1 -p mnist_relu -p mnist_sigmoid
-bench ablate estimator refresh averaging --seeds 1 -p mnist_sigmoid
+bench ablate estimator --seeds 1 -p mnist_sigmoid
