@@ -179,7 +179,8 @@ def report(out: Path, to: Path, *, keep: bool) -> None:
         keep_runs(runs, kept.folder)
     if keep or not runs:
         runs = list(kept.runs())
-    extras = sorted({path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind)} - {RESULTS / KEPT[0]})
+    found = {path for kind in ("*.png", "*.json") for path in RESULTS.glob(kind)}
+    extras = sorted(found - {RESULTS / name for name in KEPT})
     click.echo(f"written: {make(runs, to, extras, Console())}")
     if keep:
         fill(RESULTS.parent.parent / "README.md", runs)

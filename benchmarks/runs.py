@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,14 @@ def environment(package: str | None = None) -> dict[str, Any]:
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if package in {None, "fishopt"}:
-        return found
+    return found if package in {None, "fishopt"} else {**found, **_installed(package)}
+
+
+@cache
+def _installed(package: str) -> dict[str, str]:
+    """The distribution that a package is of, and its version; kept, as all that is installed is looked through."""
     (name, *_) = packages_distributions()[package]
-    return {**found, name: version(name)}
+    return {name: version(name)}
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -24,6 +24,15 @@ def _start(model, loss_fn, **options):
     return fishopt.DiagonalNGD(model, loss_fn, lr="auto", generator=torch.Generator().manual_seed(0), **options)
 
 
+def _problem(kind, count):
+    """A network, its optimizer, and a batch of so many inputs with labels for a loss."""
+    loss_fn, labels = LOSSES[kind]
+    model = _network()
+    optimizer = _start(model, loss_fn)
+    x = torch.randn(count, 4, dtype=torch.float64)
+    return model, optimizer, loss_fn, x, labels(model(x).detach())
+
+
 def _backward(model, optimizer, loss_fn, x, y):
     optimizer.zero_grad()
     loss = loss_fn(model(x), y)

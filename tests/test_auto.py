@@ -12,7 +12,7 @@ import fishopt
 from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
 from fishopt.optim.search import Memory
-from tests.auto_setup import LOSSES, _backward, _network, _start, _trained
+from tests.auto_setup import LOSSES, _backward, _network, _problem, _start, _trained
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
@@ -59,11 +59,7 @@ def test_a_loss_that_rises_is_undone(monkeypatch):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_never_rises(kind):
     """On the batch that a step was made on; with nothing tuned it falls far."""
-    loss_fn, labels = LOSSES[kind]
-    model = _network()
-    optimizer = _start(model, loss_fn)
-    x = torch.randn(16, 4, dtype=torch.float64)
-    y = labels(model(x).detach())
+    model, optimizer, loss_fn, x, y = _problem(kind, 16)
     losses = []
     for _ in range(30):
         losses.append(_backward(model, optimizer, loss_fn, x, y))

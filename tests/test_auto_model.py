@@ -13,7 +13,7 @@ from fishopt.optim.objective import Objective
 from fishopt.optim.quadratic import Quadratic
 from fishopt.optim.replica import Replica
 from fishopt.optim.search import Memory
-from tests.auto_setup import LOSSES, _network, _random_directions, _start
+from tests.auto_setup import LOSSES, _network, _problem, _random_directions, _start
 
 
 def _dense(model, x, loss):
@@ -33,11 +33,7 @@ def _vector(direction):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_model_is_the_dense_gauss_newton_one(kind):
-    loss_fn, labels = LOSSES[kind]
-    model = _network()
-    optimizer = _start(model, loss_fn)
-    x = torch.randn(6, 4, dtype=torch.float64)
-    y = labels(model(x).detach())
+    model, optimizer, loss_fn, x, y = _problem(kind, 6)
     (3 * loss_fn(model(x), y)).backward()
     directions = _random_directions(model)
     value, slopes, curvature = Objective(optimizer._recorder.records, Replica(model, None)).along(directions)

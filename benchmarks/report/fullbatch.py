@@ -35,7 +35,7 @@ class Comparison:
     @classmethod
     def of(cls, study: Study, problem: str, method: str) -> Comparison:
         """Against whatever has run."""
-        goal, (rate, adam) = Target(_goal(problem)), best_rate(study, problem)
+        goal, (rate, adam) = _goal(problem), best_rate(study, problem)
         own, newton = study.get("goals", problem, method), study.get("goals", problem, NEWTON)
         ratios = {}
         for measure, others in (("steps", adam), ("seconds", adam), ("gradients", newton)):
@@ -56,7 +56,7 @@ def best_rate(study: Study, problem: str) -> tuple[float, list[Run]]:
 
     def order(rate: float) -> tuple[float, float]:
         runs = by_rate[rate]
-        return needed(runs, Target(_goal(problem)), "steps").value, Estimate.median([run.metric for run in runs]).value
+        return needed(runs, _goal(problem), "steps").value, Estimate.median([run.metric for run in runs]).value
 
     best = min(by_rate, key=order)
     return best, by_rate[best]
@@ -80,11 +80,11 @@ def table(study: Study, method: str) -> Table:
 
 
 def _need(runs: Sequence[Run], measure: str) -> str:
-    estimate = needed(runs, Target(_goal(runs[0].spec.problem)), measure)
+    estimate = needed(runs, _goal(runs[0].spec.problem), measure)
     return "miss" if estimate.value == float("inf") else spread(estimate)
 
 
-def _goal(problem: str) -> float:
+def _goal(problem: str) -> Target:
     goal = PROBLEMS[problem].goal
     assert goal is not None, f"{problem} has no goal"
-    return goal
+    return Target(goal)

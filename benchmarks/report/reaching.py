@@ -60,18 +60,23 @@ def speedup(runs: Sequence[Run], others: Sequence[Run], target: Target, measure:
     Returns:
         The median over seeds, or None where there is nothing to compare.
     """
-    by_seed = {run.spec.seed: run for run in others}
-    paired = [run for run in runs if run.spec.seed in by_seed]
-    theirs = [by_seed[run.spec.seed] for run in paired]
-    target = target.varying(run.spec.seed for run in paired)
-    if not paired or math.isnan(_ratio(paired, theirs, np.arange(len(paired)), target, measure)):
+    pairs = paired(runs, others)
+    ours, theirs = [run for run, _ in pairs], [run for _, run in pairs]
+    target = target.varying(run.spec.seed for run in ours)
+    if not pairs or math.isnan(_ratio(ours, theirs, np.arange(len(pairs)), target, measure)):
         return None
 
     def of(rows: np.ndarray) -> float:
-        ratio = _ratio(paired, theirs, rows, target, measure)
+        ratio = _ratio(ours, theirs, rows, target, measure)
         return 1.0 if math.isnan(ratio) else ratio
 
-    return Estimate.of(of, len(paired), runs[0].spec.problem)
+    return Estimate.of(of, len(pairs), runs[0].spec.problem)
+
+
+def paired(runs: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of the same seeds, which have the same weights and batches."""
+    by_seed = {run.spec.seed: run for run in others}
+    return [(run, by_seed[run.spec.seed]) for run in runs if run.spec.seed in by_seed]
 
 
 def _ratio(runs: Sequence[Run], others: Sequence[Run], rows: np.ndarray, target: Target, measure: str) -> float:

@@ -13,7 +13,7 @@ from benchmarks import protocol
 from benchmarks.methods import METHODS, Config
 from benchmarks.problems import PROBLEMS
 from benchmarks.protocol import REFERENCE, Target
-from benchmarks.report.reaching import needed, speedup
+from benchmarks.report.reaching import needed, paired, speedup
 from benchmarks.report.statistics import Estimate, Profile, Range, good_rates, width
 from benchmarks.runs import Run
 
@@ -77,11 +77,10 @@ class Study:
 
     def excess(self, track: str, problem: str, method: str, other: str) -> Estimate | None:
         """By how much its final test metric is above another method's, over the seeds that both have."""
-        by_seed = {run.spec.seed: tested(run) for run in self.get(track, problem, other)}
-        pairs = [(tested(r), by_seed[r.spec.seed]) for r in self.get(track, problem, method) if r.spec.seed in by_seed]
+        pairs = paired(self.get(track, problem, method), self.get(track, problem, other))
         if not pairs:
             return None
-        ours, theirs = np.array(pairs).T
+        ours, theirs = np.array([[tested(run) for run in pair] for pair in pairs]).T
 
         def of(rows: np.ndarray) -> float:
             own = float(np.median(ours[rows]))
@@ -96,9 +95,8 @@ class Study:
 
     def pace(self, track: str, problem: str, method: str) -> Estimate | None:
         """The time of a step over AdamW's, by seeds that both have."""
-        others = {run.spec.seed: run for run in self.get(track, problem, REFERENCE)}
-        runs = [run for run in self.get(track, problem, method) if run.spec.seed in others]
-        ratios = [run.curve.pace / others[run.spec.seed].curve.pace for run in runs]
+        pairs = paired(self.get(track, problem, method), self.get(track, problem, REFERENCE))
+        ratios = [run.curve.pace / other.curve.pace for run, other in pairs]
         return Estimate.median(ratios, problem) if ratios else None
 
     def speedup(self, track: str, problem: str, method: str, measure: str, than: str = REFERENCE) -> Estimate | None:
