@@ -47,10 +47,13 @@ class FisherAdam(ScheduleFree):
             between the last iterate and the average, ``betas[0]`` of the way, without other momentum. The parameters
             hold the average while the model is called in eval mode without gradients, and from there until the next
             training forward; see `eval` and `train` for other occasions.
+        warmup: With ``schedule_free``, the steps in which the learning rate rises to ``lr``: its steps are long, and the
+            first ones take convolutions and Transformers where they are slow to come back from.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost, of I1, I2,
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
-        refresh_every: Steps between estimates, after the first ten.
+        refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
+            ever more rarely, about every tenth of the steps so far.
         refresh_inputs: Inputs of the batch that an estimate uses.
         scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
             ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
@@ -81,6 +84,7 @@ class FisherAdam(ScheduleFree):
         clip: float = 1.0,
         weight_decay: float = 1e-2,
         schedule_free: bool = False,
+        warmup: int = 100,
         estimator: str = "auto",
         criterion: str = "efficiency",
         refresh_every: int = 50,
@@ -98,6 +102,7 @@ class FisherAdam(ScheduleFree):
             "clip": clip,
             "weight_decay": weight_decay,
             "schedule_free": schedule_free,
+            "warmup": warmup,
             "estimator": estimator,
             "maximize": maximize,
         }
@@ -119,6 +124,7 @@ class FisherAdam(ScheduleFree):
         check_flag("maximize", group["maximize"])
         check_flag("schedule_free", group["schedule_free"])
         checks.pair("betas", group["betas"])
+        checks.whole("warmup", group["warmup"], low=0)
         for name in ("lr", "eps", "damping", "weight_decay"):
             checks.number(name, group[name])
         checks.number("clip", group["clip"], above=True, infinite=True)

@@ -44,7 +44,8 @@ RANGE = 2.0**-20, 2.0**20
 def schedule_free_update(bucket: Bucket) -> None:
     """One step in place, of y and m; ``"preconditioner"`` is what the gradient is multiplied by."""
     group = bucket.group
-    lr, beta, weight_decay = float(group["lr"]), group["betas"][0], group["weight_decay"]
+    lr = float(group["lr"]) * min(1.0, bucket.step / max(1, group["warmup"]))
+    beta, weight_decay = group["betas"][0], group["weight_decay"]
     params, momenta, factors = bucket.widened(bucket.params), bucket.kept("exp_avg"), bucket.kept("preconditioner")
     grads = laid_out_as(factors, bucket.widened(bucket.grads()))
     limits = bucket.measured(Limits, factors)(grads, group["clip"])

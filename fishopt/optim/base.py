@@ -37,6 +37,11 @@ EVERY_STEP_UNTIL = 10
 """Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
 
 
+def interval(step: int, longest: int) -> int:
+    """Steps between refreshes: twice as many whenever there have been twice as many steps, up to the longest."""
+    return min(longest, 1 << max(0, (2 * step // EVERY_STEP_UNTIL).bit_length() - 1))
+
+
 class FisherOptimizer(Resumable, ABC):
     """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
 
@@ -272,7 +277,7 @@ class FisherOptimizer(Resumable, ABC):
     def _is_due(self, members: Members) -> bool:
         if self._is_fresh:
             return False
-        if self._steps < EVERY_STEP_UNTIL or self._steps % self._refresh_every == 0:
+        if self._steps % interval(self._steps, self._refresh_every) == 0:
             return True
         return any(p.requires_grad for p in self._planned(members).waiting)
 

@@ -51,7 +51,7 @@ def _from_2(own: dict[str, Any]) -> dict[str, Any]:
 OLDER: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """Version -> what makes the next one's layout of it."""
 
-BEFORE = {"schedule_free": False}
+BEFORE = {"schedule_free": False, "warmup": 0}
 """Options that say what the state means, and what it meant before there was the option."""
 
 

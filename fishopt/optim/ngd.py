@@ -55,7 +55,8 @@ class DiagonalNGD(FisherOptimizer):
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost, of I1, I2,
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
-        refresh_every: Steps between estimates, after the first ten.
+        refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
+            ever more rarely, about every tenth of the steps so far.
         refresh_inputs: Inputs of the batch that an estimate uses.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
