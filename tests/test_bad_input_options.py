@@ -25,6 +25,7 @@ from tests.bad_input_setup import (
 OPTION_ROWS = [
     *[(BOTH, {name: value}, name) for name in ("lr", "weight_decay") for value in (-1e-3, NAN, math.inf, "fast", None)],
     *[(BOTH, {"refresh_every": value}, "refresh_every") for value in (0, -1, 1.5, True, None)],
+    *[([fishopt.FisherAdam], {"warmup": value}, "warmup=.*whole number >= 0") for value in (-1, 1.5, True, None)],
     *[(BOTH, {"refresh_inputs": value}, "refresh_inputs") for value in (0, 2.0)],
     (BOTH, {"estimator": "I3"}, "estimator='I3'"),
     (BOTH, {"estimator": ("I1", "I2")}, "estimator="),

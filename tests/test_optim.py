@@ -213,7 +213,8 @@ def test_refreshes_and_selections_keep_their_schedule(kind):
     optimizer = kind(model, nn.CrossEntropyLoss(), refresh_every=10)
     _train(model, optimizer, x, y, steps=101)
     report = optimizer.report()
-    assert report.rows[0].refreshes == 10 + 10  # steps 0..9, then 10, 20, ... 100
+    # At steps 0, 1, ... 10, then every 2 to 20, every 4 to 40, every 8 to 80, and every 10.
+    assert report.rows[0].refreshes == 11 + 5 + 5 + 5 + 2
     steps = [entry["step"] for entry in report.history]
     assert steps[0] == 0
     assert all(b >= 2 * a for a, b in itertools.pairwise(steps))

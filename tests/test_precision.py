@@ -137,7 +137,7 @@ def test_the_state_follows_a_moved_model(kind, move, refreshed):
     """As a new optimizer with the same state, on a model that was built so."""
     model = Bag()
     optimizer = kind(model, "categorical", refresh_every=10**6, **FAST[kind])
-    optimizer._steps = 100
+    optimizer._steps = 10**7 + 1
     for step in range(3):
         _step(model, optimizer, step)
     other = copy.deepcopy(model)

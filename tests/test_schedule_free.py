@@ -68,6 +68,7 @@ class Reference:
 
     def move(self, p, group, factor):
         lr, beta = float(group["lr"]), group["betas"][0]
+        lr *= min(1.0, (len(self.weights[p]) + 1) / max(1, group["warmup"]))
         direction = p.grad.double() * (-1 if group["maximize"] else 1) * factor.double()
         if p.numel():
             direction /= max(1.0, float(_sampled(direction, factor).square().mean().sqrt()) / group["clip"])
@@ -101,6 +102,7 @@ def _decay(step):
 
 OPTIONS = {
     "defaults": {},
+    "warmup": {"warmup": 10},
     "no decay": {"weight_decay": 0.0},
     "clipped": {"clip": 0.1},
     "not clipped": {"clip": math.inf},
@@ -120,7 +122,7 @@ def test_it_is_its_formulas(monkeypatch, what, dtype):
     monkeypatch.setattr(buckets, "PART", 2**16)  # the large one goes in five parts
     options = dict(OPTIONS[what])
     rate = options.pop("rate", None)
-    model, optimizer = _start(Bag(dtype), refresh_every=3, **{"lr": 0.05, "weight_decay": 0.1, **options})
+    model, optimizer = _start(Bag(dtype), refresh_every=3, **{"lr": 0.05, "weight_decay": 0.1, "warmup": 0, **options})
     reference = Reference(model)
     for step in range(14):
         generator = torch.Generator().manual_seed(100 + step)
@@ -139,7 +141,7 @@ def test_it_is_its_formulas(monkeypatch, what, dtype):
 def test_the_kernel_and_the_formula_take_over_from_each_other(monkeypatch, without):
     calls, kernel = [], torch._fused_sgd_
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
-    model, optimizer = _start(Bag(torch.float32), lr=0.05, weight_decay=0.1, clip=0.5)
+    model, optimizer = _start(Bag(torch.float32), lr=0.05, weight_decay=0.1, clip=0.5, warmup=5)
     reference = Reference(model)
     for step in range(20):
         monkeypatch.setattr(averaging, "has_nesterov", lambda device, step=step: step not in without)
@@ -195,8 +197,8 @@ def _groups(model):
 def test_groups_and_parameters_that_join_late():
     """Each has its own options and, from its first step on, its own sum of weights."""
     model, other = Bag(), Bag()
-    _, optimizer = _start(model, params=_groups(model), schedule_free=False)
-    _, plain = _start(other, params=[{**group, "schedule_free": False} for group in _groups(other)])
+    _, optimizer = _start(model, params=_groups(model), schedule_free=False, warmup=0)
+    _, plain = _start(other, params=[{**group, "schedule_free": False} for group in _groups(other)], warmup=0)
     reference = Reference(model)
     for step in range(9):
         generator = torch.Generator().manual_seed(step)

@@ -63,7 +63,7 @@ INFOS = [
             **{
                 "no clip": {"clip": math.inf},
                 "betas": {"betas": (0.5, 0.5), "damping": 0.1},
-                "schedule free": {"schedule_free": True},
+                "schedule free": {"schedule_free": True, "warmup": 0},
             }
         ),
         optim_error_inputs_func=_errors(

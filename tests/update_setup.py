@@ -38,7 +38,7 @@ def _given(self, units, wanted, record, training, step):
 def _optimizer(model, kind=fishopt.FisherAdam, **options):
     """Refreshed, with none due in the steps that follow."""
     optimizer = kind(model, "categorical", refresh_every=10**6, **options)
-    optimizer._steps = 10
+    optimizer._steps = 10**7 + 1  # none is due for long
     optimizer.refresh(torch.zeros(1))
     optimizer._is_fresh = False
     return optimizer

@@ -47,8 +47,8 @@ class FisherAdam(ScheduleFree):
             between the last iterate and the average, ``betas[0]`` of the way, without other momentum. The parameters
             hold the average while the model is called in eval mode without gradients, and from there until the next
             training forward; see `eval` and `train` for other occasions.
-        warmup: With ``schedule_free``, the steps in which the learning rate rises to ``lr``: its steps are long, and the
-            first ones take convolutions and Transformers where they are slow to come back from.
+        warmup: With ``schedule_free``, the steps in which the learning rate rises to ``lr``. Such steps are long, and
+            the first ones may take a network to where it is slow to come back from.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.
         criterion: How ``"auto"`` chooses, see `select_estimators`: ``"efficiency"`` (variance x cost, of I1, I2,
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
