@@ -82,8 +82,12 @@ ABLATIONS: Mapping[str, Ablation] = {
             *grid(["FisherAdam"], schedule=("constant", "cosine"), lr=(1e-3, 2e-3, 4e-3)),
             *grid(["FisherAdam schedule-free"], lr=(3e-3, 6e-3, 1.2e-2), betas=((0.9, 0.95), (0.98, 0.95))),
             *grid(["FisherAdam schedule-free"], lr=(6e-3, 1.2e-2), clip=(0.3, 0.5)),
-            *grid(["FisherAdam schedule-free"], warmup=(0, 50, 100, 200)),
         ],
+    ),
+    "warmup": Ablation(
+        "in how many steps the learning rate of averaged iterates rises",
+        grid(["FisherAdam schedule-free"], warmup=(0, 50, 100, 200)),
+        ("mnist_relu_large", "mnist_sigmoid_large", "mnist_autoencoder", "cifar_3c3d", "char_transformer"),
     ),
     "caution": Ablation(
         "damping by the standard error of the estimate, or shrinking it to the mean, against neither",

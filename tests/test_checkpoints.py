@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fishopt
-from fishopt.optim.base import interval
 from fishopt.optim.checkpoint import OLDER, VERSION
+from fishopt.optim.pace import interval
 
 both = pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
 DATA = Path(__file__).parent / "data"

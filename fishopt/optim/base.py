@@ -25,6 +25,7 @@ from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
 from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
 from fishopt.optim.noise import training_likelihood
+from fishopt.optim.pace import interval
 from fishopt.optim.portable import is_trial, make_room
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.resuming import Resumable
@@ -32,14 +33,6 @@ from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
 from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
-
-EVERY_STEP_UNTIL = 10
-"""Steps with a refresh each at the start, when the curvature changes fastest and the average is empty."""
-
-
-def interval(step: int, longest: int) -> int:
-    """Steps between refreshes: twice as many whenever there have been twice as many steps, up to the longest."""
-    return min(longest, 1 << max(0, (2 * step // EVERY_STEP_UNTIL).bit_length() - 1))
 
 
 class FisherOptimizer(Resumable, ABC):
