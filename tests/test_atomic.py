@@ -18,6 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import fishopt
 from fishopt.optim.atomic import Transaction
+from fishopt.passes.base import quiet_fallbacks
 
 KINDS = {
     "FisherAdam": fishopt.FisherAdam,
@@ -123,6 +124,42 @@ def test_an_interrupt_at_any_line_is_before_or_after_the_step(kind, at):
         assert torch.is_grad_enabled()
     assert seen == {False, True}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def _not_for_long():
+    """A test that waits for ever fails after half a minute."""
+
+    def held_up(*_):
+        raise AssertionError("it waits for what nobody will give")
+
+    before = signal.signal(signal.SIGALRM, held_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_not_for_long")
+def test_an_interrupt_at_any_moment_of_quiet_fallbacks_holds_nobody_up(monkeypatch):
+    """And the warnings are on after the next visit, be it another thread's."""
+    seen = []
+    monkeypatch.setattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", seen.append)
+
+    def visit():
+        with quiet_fallbacks():
+            pass
+
+    counter = _At()
+    counter.during(visit)
+    for moment in range(1, counter.count + 1):
+        with pytest.raises(KeyboardInterrupt):
+            _At(moment).during(visit)
+        other = threading.Thread(target=visit)
+        other.start()
+        other.join()
+        assert seen[-1], moment
+    assert counter.count > 20
 
 
 @pytest.fixture

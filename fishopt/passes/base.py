@@ -11,7 +11,6 @@ themselves. A new way through the network is one subclass of `Pass`.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,16 +186,18 @@ class _Visit:
     """Somebody who wants them off."""
 
 
-_LOCK = threading.Lock()
 _visits: WeakSet[_Visit] = WeakSet()
 """Torch has one switch for all threads. Weak, so that none stays behind if Ctrl-C comes at an unlucky moment."""
 
 
 def _switch(change: Callable[[_Visit], None], visit: _Visit) -> None:
     functorch: Any = torch._C._functorch
-    with _LOCK:
-        change(visit)
-        functorch._set_vmap_fallback_warning_enabled(not _visits)
+    change(visit)
+    # Until no other thread's change has come in between: a lock could be left held where Ctrl-C comes.
+    is_quiet = None
+    while is_quiet != bool(_visits):
+        is_quiet = bool(_visits)
+        functorch._set_vmap_fallback_warning_enabled(not is_quiet)
 
 
 @contextmanager
