@@ -47,3 +47,5 @@ bench ablate scale --seeds 1 -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
 bench ablate positions --seeds 1
 bench ablate caution --seeds 5 -p digits_mlp -p poisson_regression
 bench ablate estimator --seeds 1 -p mnist_sigmoid
+bench ablate warmup --seeds 2 -p mnist_relu_large -p mnist_sigmoid_large -p mnist_autoencoder
+bench ablate warmup --seeds 1 -p cifar_3c3d -p char_transformer

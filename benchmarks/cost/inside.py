@@ -31,5 +31,5 @@ def estimation(model: nn.Module, x: Tensor, likelihood: fishopt.Likelihood, plan
 
 
 def without_refreshes(optimizer: Any) -> None:
-    """Takes an optimizer that has refreshed once past the steps that refresh each time; ``refresh_every`` is huge."""
-    optimizer._steps = 11
+    """Takes an optimizer that has refreshed once past the steps that refresh often; ``refresh_every`` is huge."""
+    optimizer._steps = 10**9 + 1

@@ -67,7 +67,10 @@ def _bare_step(model: nn.Sequential, make: Callable[..., Any]) -> Case:
 
 
 def step(setting: Setting) -> list[Row]:
-    """Whole training steps at the defaults, in blocks: refreshes and later selections are in, the first ones not."""
+    """Whole training steps at the defaults, in blocks: refreshes and later selections are in, the first ones not.
+
+    The warm-up lasts until refreshes are as far apart as they get.
+    """
     rows: list[Row] = []
     for name, steps, effort in _schedule(quick=setting.quick):
         base = _workload(name, setting)
@@ -82,8 +85,8 @@ def _schedule(*, quick: bool) -> list[tuple[str, int, Effort]]:
     """Name, steps in a block, effort. Blocks are whole refresh intervals."""
     if quick:
         return [("mlp, 0.3M", 10, Effort(budget=0.5, least=2, most=2, shortest=0, long=math.inf))]
-    dear = Effort(budget=60, least=5, most=5, shortest=0, long=math.inf)
-    cheap = Effort(budget=30, least=7, most=30, shortest=0, long=math.inf)
+    dear = Effort(budget=60, least=5, most=5, shortest=0, warm_ups=4, long=math.inf)
+    cheap = Effort(budget=30, least=7, most=30, shortest=0, warm_ups=4, long=math.inf)
     return [("mlp, 0.3M", 100, cheap), ("mlp, 1.3M", 100, cheap), ("mlp, 5.8M", 100, dear), ("3c3d, 0.9M", 100, dear)]
 
 
