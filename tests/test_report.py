@@ -30,12 +30,12 @@ def test_table_and_dict_say_the_same():
     for row in content["rows"]:
         assert row["group"] in text
         assert row["estimator"] in text
-        assert row["refreshes"] == 11  # the first ten, and at step 50
+        assert row["refreshes"] == 10 + 5 + 5 + 4  # every step, from 10 every second, from 20 fourth, from 40 eighth
         assert set(row["ways"].values()) == {"rule"}
     assert "way 'rule': by a rule" in text
     assert "Remark" in text
     assert "curvature:" in text
-    assert [entry["step"] for entry in content["history"]] == [0, 50]
+    assert [entry["step"] for entry in content["history"]] == [0, 32, 64]
 
 
 def test_before_the_first_step():
