@@ -212,8 +212,10 @@ def test_a_run_with_interrupts_at_random_moments_is_the_run_without(kind):
     rng, interrupts = random.Random(0), 0
     for step in range(40):
         _backward(other, again, step)
+        window = took[step]
         while again._steps == step:
-            interrupts += _interrupted(again.step, rng.uniform(0, took[step]))
+            interrupts += _interrupted(again.step, rng.uniform(0, window))
+            window *= 1.2  # what an interrupt has undone is to be made anew, which may take longer than the step took
     assert _all_of(model, optimizer) == _all_of(other, again)
     assert interrupts > 3
 
