@@ -209,7 +209,8 @@ def _sums_of_bounds(through: Pass, likelihood: Likelihood, h: Tensor) -> dict[st
         "I1": bound_factor(likelihood, h, "I1", tight=_is_small(h)),
         "inputs": largest_eigenvalue(likelihood, h, tight=_is_small(h)).square(),
     }
-    return {key: weighed_norms(through, _directions(h), factor, "I1") for key, factor in factors.items()}
+    found = through.fourth_vjp(_directions(h)[None], torch.stack(list(factors.values()))[:, None])
+    return {key: {name: value[i] for name, value in found.items()} for i, key in enumerate(factors)}
 
 
 def _curvature_bound(batch: Batch, names: tuple[str, ...], sketch: Sketch) -> Diagonal:

@@ -73,6 +73,16 @@ def _fisher_squared(through: Pass, columns: Tensor) -> Diagonal:
 
 def first_order_sums(through: Pass, likelihood: Likelihood, h: Tensor) -> dict[str, Diagonal]:
     """Of I (``"fisher"``), its square (``"squares"``), and the label variances of I1 and hutchinson."""
+    quartic = likelihood.quartic(h)
+    if quartic.shares is not None:
+        found = through.quartic_sums(quartic.columns, quartic.shares, quartic.weights)
+        fisher, squares, signs, scores = ({name: value[i] for name, value in found.items()} for i in range(4))
+        return {
+            "fisher": fisher,
+            "squares": squares,
+            "I1": {name: (quartic.multiple * squares[name] + scores[name]).clamp_min(0) for name in found},
+            "hutchinson": {name: 2 * (squares[name] - signs[name]).clamp_min(0) for name in found},
+        }
     columns = likelihood.factor(h)
     squares = _fisher_squared(through, columns)
     return {

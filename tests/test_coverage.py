@@ -88,6 +88,8 @@ def test_first_derivatives_by_the_expected_way(name):
             weights = torch.randn(1, count).double()
             fourth = {k: torch.einsum("n,n...->...", weights[0], v.square()) for k, v in brute.squared(columns).items()}
             assert_close(through.fourth_vjp(columns[None], weights), fourth)
+            sums = through.quartic_sums(columns, torch.ones(3, count).double(), weights.expand(3, -1))
+            assert_close({k: v[0] for k, v in sums.items()}, brute.summed(columns))
         assert coverage_of(shadow, inputs).ways == ways
 
 

@@ -47,6 +47,7 @@ def test_quartic_form_is_the_fourth_moment(family):
     powers = torch.einsum("una,kna->kun", u, quartic.columns).pow(4)
     found = quartic.multiple * fisher.square() + torch.einsum("kn,kun->un", quartic.weights, powers)
     torch.testing.assert_close(found, fourth - fisher.square())
+    torch.testing.assert_close(quartic.shares.sqrt()[..., None] * quartic.columns, likelihood.factor(h))
 
 
 @pytest.mark.parametrize("tight", [False, True])

@@ -41,12 +41,15 @@ class Quartic(NamedTuple):
         weights: ``[K, N]``, of any sign.
         columns: ``[K, N, T]``.
         within: The coefficient of the squares of each position's own Fisher information.
+        shares: Where the factor S has the same columns, each times the root of its share: the shares, ``[K, N]``.
+            Whoever wants both then takes the columns back once. None if that is not so, or not known.
     """
 
     multiple: float
     weights: Tensor
     columns: Tensor
     within: float = 0.0
+    shares: Tensor | None = None
 
 
 class Likelihood(ABC):

@@ -151,7 +151,7 @@ class Categorical(Likelihood):
     def quartic(self, h: Tensor) -> Quartic:
         # E_y[(u^T (e_y - p))^4] - (u^T I u)^2, the label enumerated.
         p = h.softmax(-1)
-        return Quartic(-1.0, p.T, torch.where(unit_columns(h).bool(), _others(p, p), -p))
+        return Quartic(-1.0, p.T, torch.where(unit_columns(h).bool(), _others(p, p), -p), shares=p.T)
 
     def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
         """Theorem 5.2: ``2 m(x)``. With ``tight``: ``B m(x)`` [ours], and the exact value for two classes."""

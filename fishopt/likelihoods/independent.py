@@ -74,7 +74,7 @@ class Independent(Likelihood):
 
     def quartic(self, h: Tensor) -> Quartic:
         # The fourth cumulant of a sum of independent terms adds up: E z^4 = sum_a u_a^4 kappa_a + 3 (u^T I u)^2.
-        return Quartic(2.0, self.fourth_cumulant(h).T, unit_columns(h))
+        return Quartic(2.0, self.fourth_cumulant(h).T, unit_columns(h), shares=self.second_cumulant(h).T)
 
     def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
         """Extremes of ``sum_a kappa_a w_a^2 + 2 (sum_a v_a w_a)^2`` over the simplex ``w_a = u_a^2`` [ours].

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.base import Diagonal
-from fishopt.passes.gradients import SQUARES
+from fishopt.passes.reductions import SQUARES
 from fishopt.passes.rules import Rule, batch_norm, convolution, linear, transposed_convolution
 from fishopt.passes.shadow import Shadow
 

@@ -23,14 +23,8 @@ from fishopt.passes.base import (
     quiet_fallbacks,
 )
 from fishopt.passes.contacts import Place, by_function, by_rule
-from fishopt.passes.gradients import (
-    SQUARES,
-    Joined,
-    PerInput,
-    Pulled,
-    Reduction,
-    fourth_powers,
-)
+from fishopt.passes.gradients import Joined, PerInput, Pulled
+from fishopt.passes.reductions import SQUARES, Reduction, fourth_powers, quartic
 from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
 from fishopt.passes.tracing import Contact, Signature, Tracer
@@ -161,13 +155,27 @@ class Backward(Pass, ABC):
         at_once = self._columns_at_once(self._of(names))
         if members > at_once:
             return super().fourth_vjp(columns, weights, names=names)
-        step = at_once // members
+        step, several = at_once // members, weights if weights.ndim == 3 else weights[None]
         for start in range(0, groups, step):
             some = slice(start, start + step)
-            flat = columns[some].flatten(0, 1)
-            cotangents = self._backward(flat, self._of(names), at_once=len(flat))
-            add(total, self._reduced(next(cotangents), names, fourth_powers(weights[some]), per_input=False))
-        return total
+            add(total, self._sums(columns[some].flatten(0, 1), [fourth_powers(w[some]) for w in several], names))
+        return total if weights.ndim == 3 else {name: value[0] for name, value in total.items()}
+
+    def quartic_sums(
+        self, columns: Tensor, shares: Tensor, weights: Tensor, *, names: Sequence[str] | None = None
+    ) -> Diagonal:
+        # Most of a backward is below the layers of which all columns fit, and is gone through by the others alone.
+        wanted = self.names if names is None else names
+        small = [name for name in wanted if len(columns) <= self._columns_at_once(self._of([name]))]
+        rest = [name for name in wanted if name not in small]
+        found = super().quartic_sums(columns, shares, weights, names=rest) if rest else {}
+        return found | self._sums(columns, quartic(shares, weights), small) if small else found
+
+    def _sums(self, columns: Tensor, reductions: Sequence[Reduction], names: Sequence[str] | None) -> Diagonal:
+        """Of all columns at once."""
+        (cotangents,) = self._backward(columns, self._of(names), at_once=len(columns))
+        wanted = self.names if names is None else names
+        return {name: self._gradients(name, cotangents).sums(reductions) for name in wanted}
 
     def _is_flat(self, i: int) -> bool:
         """Whether all that is asked of a contact is a product of one cotangent's entry and something else."""

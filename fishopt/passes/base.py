@@ -130,13 +130,40 @@ class Pass(ABC):
 
         Args:
             columns: Cotangents of shape ``[S, M, N, T]``.
-            weights: ``[S, N]``, of any sign.
+            weights: ``[S, N]``, of any sign, or ``[R, S, N]`` for R such sums, ``[R, *shape]``.
             names: The parameters.
         """
         total: Diagonal = {}
-        for group, w in zip(columns, weights, strict=True):
+        for group, w in zip(columns, weights.movedim(-2, 0), strict=True):
             add(total, _weighed_squares(self.squared_vjp(group, names=names, per_input=True), w))
         return total
+
+    def quartic_sums(
+        self, columns: Tensor, shares: Tensor, weights: Tensor, *, names: Sequence[str] | None = None
+    ) -> Diagonal:
+        """Four sums at the price of one: of ``q_n(columns[k])``, each column taken back once, ``[4, *shape]``.
+
+        ``sum_nk s q``, ``sum_n (sum_k s q)^2``, ``sum_nk (s q)^2`` and ``sum_nk w q^2``, s the shares, w the weights.
+
+        Args:
+            columns: Cotangents of shape ``[K, N, T]``.
+            shares: ``[K, N]``.
+            weights: ``[K, N]``, of any sign.
+            names: The parameters.
+        """
+        linear: Diagonal = {}
+        signs: Diagonal = {}
+        weighed: Diagonal = {}
+        for column, s, w in zip(columns, shares, weights, strict=True):
+            q = self.squared_vjp(column[None], names=names, per_input=True)
+            add(weighed, _weighed_squares(q, w))
+            shared = {name: value.mul_(s.reshape(-1, *[1] * (value.ndim - 1))) for name, value in q.items()}
+            add(signs, {name: value.square().sum(0) for name, value in shared.items()})
+            add(linear, shared)
+        return {
+            name: torch.stack([value.sum(0), value.square().sum(0), signs[name], weighed[name]])
+            for name, value in linear.items()
+        }
 
     def hessian_square(
         self,

@@ -8,68 +8,19 @@ factors, and a sum over inputs is one matrix product; with several, it is formed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fishopt.passes.base import gram_of, quiet_fallbacks
+from fishopt.passes.reductions import Reduction
 
 MAX_ELEMENTS = 2**21
 """Numbers in the per-input gradients, or in their factors, that are formed at a time: few enough for a cache."""
 
 MAX_GRAM_ELEMENTS = 2**26
 """Numbers in the gradients that are formed at a time where any two inputs meet: few enough for the memory."""
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """Per-input gradients of several cotangents, ``[K, n, ...]``, to one value per input, ``[n, ...]``.
-
-    Attributes:
-        per_input: Entry by entry, and homogeneous; it is told which inputs it is given.
-        degree: Of homogeneity: ``per_input(s G) = s^degree per_input(G)``.
-    """
-
-    per_input: Callable[[Tensor, slice | Tensor], Tensor]
-    degree: int
-
-
-VALUE = Reduction(lambda g, rows: g[0], degree=1)
-SQUARES = Reduction(lambda g, rows: g.square().sum(0) if len(g) > 1 else g[0].square(), degree=2)
-
-
-def products() -> Reduction:
-    """``sum_m G[m] G[M + m]``, of 2 M cotangents."""
-    return Reduction(lambda g, rows: (g[: len(g) // 2] * g[len(g) // 2 :]).sum(0), degree=2)
-
-
-def weighted_squares(weights: Tensor) -> Reduction:
-    """``sum_k weights[k, n] G[k]^2``."""
-    return Reduction(lambda g, rows: _weigh(g.square(), weights[:, rows]), degree=2)
-
-
-def weighted_product_squares(weights: Tensor) -> Reduction:
-    """``sum_m weights[m, n] (G[m] G[M + m])^2``."""
-    return Reduction(
-        lambda g, rows: _weigh((g[: len(weights)] * g[len(weights) :]).square(), weights[:, rows]), degree=4
-    )
-
-
-def fourth_powers(weights: Tensor) -> Reduction:
-    """``sum_s weights[s, n] (sum_m G[s, m]^2)^2``, the S M cotangents in order."""
-    count = len(weights)
-    return Reduction(
-        lambda g, rows: _weigh(
-            g.square().reshape(count, len(g) // count, *g.shape[1:]).sum(1).square(), weights[:, rows]
-        ),
-        degree=4,
-    )
-
-
-def _weigh(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights.reshape(*weights.shape, *[1] * (values.ndim - 2))).sum(0)
 
 
 class PerInput(ABC):
@@ -92,20 +43,13 @@ class PerInput(ABC):
     def formed(self, rows: slice) -> Tensor:
         """Those of some inputs, as they are: ``[K, n, *shape]``."""
 
+    @abstractmethod
     def reduced(self, reduction: Reduction, *, per_input: bool) -> Tensor:
         """The reduction's value for each input, ``[N, *shape]``, or its sum over inputs, ``[*shape]``."""
-        step = max(1, MAX_ELEMENTS // self.width)
-        step -= step % 2 if step > 2 else 0  # an even number of products, one for each thread
-        parts = (
-            reduction.per_input(self.formed(rows), rows)
-            for rows in (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
-        )
-        if per_input:
-            return torch.cat(list(parts)).reshape(self.count, *self.shape)
-        total = next(parts).sum(0)
-        for part in parts:
-            total += part.sum(0)
-        return total.reshape(self.shape)
+
+    def sums(self, reductions: Sequence[Reduction]) -> Tensor:
+        """The sums over inputs of several, ``[len(reductions), *shape]``."""
+        return torch.stack([self.reduced(reduction, per_input=False) for reduction in reductions])
 
     def gram(self) -> Tensor:
         """Inner products of any two of them: ``[K, N, K, N]``."""
@@ -117,6 +61,30 @@ class PerInput(ABC):
 
     def _gram_rows(self, some: Tensor, blocks: Sequence[slice]) -> Tensor:
         return torch.cat([gram_of(some, self.formed(rows)) for rows in blocks], dim=3)
+
+
+class Forming(PerInput):
+    """Has to form gradients to reduce them, for a few inputs at a time."""
+
+    def reduced(self, reduction: Reduction, *, per_input: bool) -> Tensor:
+        if not per_input:
+            return self.sums([reduction])[0]
+        parts = [reduction.per_input(self.formed(rows), rows) for rows in self._blocks()]
+        return torch.cat(parts).reshape(self.count, *self.shape)
+
+    def sums(self, reductions: Sequence[Reduction]) -> Tensor:
+        total: Tensor | None = None
+        for rows in self._blocks():
+            g = self.formed(rows)
+            found = torch.stack([reduction.per_input(g, rows).sum(0) for reduction in reductions])
+            total = found if total is None else total.add_(found)
+        assert total is not None, "no inputs"
+        return total.reshape(len(reductions), *self.shape)
+
+    def _blocks(self) -> Iterator[slice]:
+        step = max(1, MAX_ELEMENTS // self.width)
+        step -= step % 2 if step > 2 else 0  # an even number of products, one for each thread
+        return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
 
 
 class Formed(PerInput):
@@ -157,7 +125,7 @@ class RankOne(PerInput):
         return gram_of(self._g) * (self._u @ self._u.T)[:, None]
 
 
-class Summed(PerInput):
+class Summed(Forming):
     """Several positions: ``sum_p g[k, n, :, p] u[n, :, p]^T``, in groups of channels that do not meet.
 
     Args:
@@ -257,7 +225,7 @@ class Transposed(PerInput):
         return self._inner.gram()
 
 
-class Joined(PerInput):
+class Joined(Forming):
     """A parameter used several times: what each use brings, added up."""
 
     def __init__(self, parts: Sequence[PerInput]) -> None:
@@ -272,7 +240,7 @@ class Joined(PerInput):
         return total
 
 
-class Pulled(PerInput):
+class Pulled(Forming):
     """Of a parameter, from those of what is made of it.
 
     Args:
@@ -299,7 +267,7 @@ class Pulled(PerInput):
         return torch.autograd.grad(self._made, self._parameter, g, retain_graph=True, **options)
 
 
-class Local(PerInput):
+class Local(Forming):
     """By torch.func, one call for each input.
 
     Args:

@@ -129,7 +129,16 @@ class RoutedPass(Pass):
         )
 
     def fourth_vjp(self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
-        return self._by_way(names, lambda engine, own: engine.fourth_vjp(columns, weights, names=own))
+        return self._by_way(
+            names, lambda engine, own: engine.fourth_vjp(columns, weights, names=own), leading=weights.shape[:-2]
+        )
+
+    def quartic_sums(
+        self, columns: Tensor, shares: Tensor, weights: Tensor, *, names: Sequence[str] | None = None
+    ) -> Diagonal:
+        return self._by_way(
+            names, lambda engine, own: engine.quartic_sums(columns, shares, weights, names=own), leading=(4,)
+        )
 
     def hessian_square(
         self, columns: Tensor, weights: Tensor, *, names: Sequence[str] | None = None, sketch: Sketch | None = None

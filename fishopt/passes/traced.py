@@ -26,13 +26,7 @@ from fishopt.passes.base import (
     signs,
 )
 from fishopt.passes.functional import FunctionalPass, exact_cost
-from fishopt.passes.gradients import (
-    VALUE,
-    Reduction,
-    products,
-    weighted_product_squares,
-    weighted_squares,
-)
+from fishopt.passes.reductions import VALUE, Reduction, products, weighted_product_squares, weighted_squares
 from fishopt.passes.rowwise import RowwisePass
 
 
