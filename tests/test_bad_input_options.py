@@ -23,7 +23,10 @@ from tests.bad_input_setup import (
 )
 
 OPTION_ROWS = [
-    *[(BOTH, {name: value}, name) for name in ("lr", "weight_decay") for value in (-1e-3, NAN, math.inf, "fast", None)],
+    *[(BOTH, {name: value}, name) for name in ("lr", "weight_decay") for value in (-1e-3, NAN, math.inf, "fast")],
+    (BOTH, {"weight_decay": None}, "weight_decay=None"),
+    (BOTH, {"params": lambda m: [{"params": m.parameters(), "lr": None}]}, "lr=None.*>= 0"),
+    ([fishopt.DiagonalNGD], {"lr": None}, "lr=None"),
     *[(BOTH, {"refresh_every": value}, "refresh_every") for value in (0, -1, 1.5, True, None)],
     *[([fishopt.FisherAdam], {"warmup": value}, "warmup=.*whole number >= 0") for value in (-1, 1.5, True, None)],
     *[(BOTH, {"refresh_inputs": value}, "refresh_inputs") for value in (0, 2.0)],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fishopt
 from fishopt.optim import averaging, buckets
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment
@@ -220,6 +221,15 @@ def test_groups_and_parameters_that_join_late():
     assert [optimizer.state[p]["averaged"] for p in (model.vector, model.matrix, model.conv)] == [2, 5, 9]
     assert torch.equal(model.large, other.large)
     assert torch.equal(model.scalar, other.scalar)
+
+
+@pytest.mark.parametrize(
+    ("options", "lr"),
+    [({}, 1e-3), ({"schedule_free": True}, 6e-3), ({"schedule_free": True, "lr": 1e-3}, 1e-3), ({"lr": 6e-3}, 6e-3)],
+)
+def test_the_learning_rate_by_itself(options, lr):
+    optimizer = fishopt.FisherAdam(nn.Linear(2, 2), nn.CrossEntropyLoss(), **options)
+    assert optimizer.param_groups[0]["lr"] == optimizer.defaults["lr"] == lr
 
 
 def test_bad_options_are_refused():

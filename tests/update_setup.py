@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import fishopt
+from benchmarks.cost.inside import without_refreshes
 from fishopt.optim.estimate import Estimate, Moment
 
 SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 1001)}
@@ -38,7 +39,7 @@ def _given(self, units, wanted, record, training, step):
 def _optimizer(model, kind=fishopt.FisherAdam, **options):
     """Refreshed, with none due in the steps that follow."""
     optimizer = kind(model, "categorical", refresh_every=10**6, **options)
-    optimizer._steps = 10**7 + 1  # none is due for long
+    without_refreshes(optimizer)
     optimizer.refresh(torch.zeros(1))
     optimizer._is_fresh = False
     return optimizer

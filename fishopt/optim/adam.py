@@ -21,6 +21,10 @@ from fishopt.optim.sampling import Sample
 from fishopt.optim.schedule_free import ScheduleFree
 from fishopt.optim.units import Params
 
+LR, AVERAGED_LR = 1e-3, 6e-3
+"""Default learning rates, of single iterates and of averaged ones: the latter is what the benchmarks' tuning range is
+centred at, and the largest that a deep ReLU network without normalisation bears."""
+
 
 class FisherAdam(ScheduleFree):
     r"""Adam-like: ``m / (sqrt(F/B) + damping * rms + eps)`` with decoupled weight decay.
@@ -35,7 +39,7 @@ class FisherAdam(ScheduleFree):
             estimated from the residuals; pass a `Gaussian` to fix it.
         params: The parameters to train, or parameter groups, as with torch.optim; all of the model's if None. Groups
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
-        lr: Learning rate. An average stands larger steps: with ``schedule_free`` take 6e-3.
+        lr: Learning rate; if None 1e-3, AdamW's own, or with ``schedule_free`` 6e-3, as an average stands larger steps.
         betas: Decay rates of the moving averages: of the gradient, per step, and of the Fisher diagonal, per refresh.
         eps: Added to the denominator.
         damping: Damping relative to the layer's own root mean Fisher diagonal.
@@ -77,7 +81,7 @@ class FisherAdam(ScheduleFree):
         likelihood: Likelihood | nn.Module | str,
         *,
         params: Params = None,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         damping: float = 0.1,
@@ -95,7 +99,7 @@ class FisherAdam(ScheduleFree):
         generator: torch.Generator | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
+            "lr": lr if lr is not None else AVERAGED_LR if schedule_free is True else LR,
             "betas": betas,
             "eps": eps,
             "damping": damping,
