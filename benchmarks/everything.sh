@@ -39,6 +39,7 @@ bench run --track defaults --seeds 3 "${main[@]}" -m "DiagonalNGD auto" -m L-BFG
 bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
 bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
 bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
+bench run --track sensitivity --seeds 1 -m AdamW -m "FisherAdam schedule-free" -p mnist_cnn -p cifar_resnet8 -p char_transformer
 bench run --track goals --seeds 3
 
 bench ablate estimator refresh damping scale averaging --seeds 2 -p digits_mlp -p poisson_regression
