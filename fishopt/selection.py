@@ -142,5 +142,6 @@ def _choice(group: str, names: Sequence[str], judge: Judge, candidates: Sequence
             except NoSecondDerivativesError:
                 scores[name] = float("inf")
                 notes.append(f"{name} is passed over, an operation has no second derivative")
-    winner = min(candidates, key=lambda name: scores[name])
+    # What is at least as bad as another may be worse: it wins no tie.
+    winner = min(candidates, key=lambda name: (scores[name], name not in bounds))
     return Choice(group, winner, {c: scores[c] for c in candidates}, judge.reason(winner, scores, names, notes), bounds)

@@ -103,8 +103,8 @@ def test_constructors(construction):
             optimizer.zero_grad()
             loss_fn(model(X), targets).backward()
             optimizer.step()
-    rate = float(options.get("lr", 0))
-    assert rate > 1 or all(p.isfinite().all() for p in model.parameters())
+    rate = options.get("lr")
+    assert (rate is not None and float(rate) > 1) or all(p.isfinite().all() for p in model.parameters())
 
 
 # --- functions ---

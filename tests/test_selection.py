@@ -239,6 +239,16 @@ def test_variances_order_what_bounds_get_wrong(monkeypatch):
     assert [choice.estimator for choice in by_bounds] == ["hutchinson", "hutchinson", "I2"]
 
 
+def test_what_loses_by_its_cost_alone_wins_no_tie(monkeypatch):
+    """Inputs that are all alike: the exact value varies in nothing, and no more is known of I2 than that it may not."""
+    model, x, likelihood = Case("sigmoid", "categorical").build()
+    monkeypatch.setattr(judging, "_over_inputs", lambda squares, fisher, count: {k: 0 * v for k, v in fisher.items()})
+    found = fishopt.select_estimators(model, x, likelihood, criterion="efficiency", candidates=("I2", "exact"))
+    assert found[0].estimator == "exact"
+    assert found[0].scores == {"I2": 0, "exact": 0}
+    assert "loses by its cost alone" in found[0].reason
+
+
 def test_ties_go_to_the_first():
     """One output below a ReLU: signs, I2 and the exact value are the same, at the same cost."""
     model, x, likelihood = Case("relu", "bernoulli", outputs=1).build()
