@@ -164,7 +164,7 @@ class Backward(Pass, ABC):
     def quartic_sums(
         self, columns: Tensor, shares: Tensor, weights: Tensor, *, names: Sequence[str] | None = None
     ) -> Diagonal:
-        # Most of a backward is below the layers of which all columns fit, and is gone through by the others alone.
+        # The layers of which all columns fit are mostly the last ones, so that a second way back, to them, is short.
         wanted = self.names if names is None else names
         small = [name for name in wanted if len(columns) <= self._columns_at_once(self._of([name]))]
         rest = [name for name in wanted if name not in small]
