@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, apart
 from fishopt.checks import check_flag, checked_option, checked_samples
-from fishopt.likelihoods import Interval, Likelihood, unit_columns
+from fishopt.likelihoods import Interval, Likelihood, Quartic, unit_columns
 from fishopt.passes import Diagonal, Pass, Sketch, add
 
 SAMPLED = ("I1", "I2", "hutchinson", "exact")
@@ -33,12 +33,12 @@ def squared_norm_per_input(through: Pass, h: Tensor) -> Diagonal:
 
 
 def _v1(through: Pass, likelihood: Likelihood, h: Tensor, sketch: Sketch | None) -> Diagonal:
-    return _score_variance(through, likelihood, h, _fisher_squared(through, likelihood.factor(h)))
+    squares = _fisher_squared(through, likelihood.factor(h))
+    return _score_variance(through, likelihood, h, likelihood.quartic(h), squares)
 
 
-def _score_variance(through: Pass, likelihood: Likelihood, h: Tensor, squares: Diagonal) -> Diagonal:
+def _score_variance(through: Pass, likelihood: Likelihood, h: Tensor, quartic: Quartic, squares: Diagonal) -> Diagonal:
     """Eq. 5: ``d_i h`` four times into M = K - I (x) I; ``squares`` are those of I."""
-    quartic = likelihood.quartic(h)
     total = {name: quartic.multiple * value for name, value in squares.items()}
     if quartic.within:  # the columns of the factor come position by position
         blocks = likelihood.factor(h).unflatten(0, (likelihood.positions, -1))
@@ -88,7 +88,7 @@ def first_order_sums(through: Pass, likelihood: Likelihood, h: Tensor) -> dict[s
     return {
         "fisher": through.squared_vjp(columns),
         "squares": squares,
-        "I1": _score_variance(through, likelihood, h, squares),
+        "I1": _score_variance(through, likelihood, h, quartic, squares),
         "hutchinson": _sign_variance(through, columns, squares),
     }
 

@@ -121,19 +121,20 @@ class Backward(Pass, ABC):
     # --- first derivatives ---
 
     def vjp(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Diagonal:
-        found = {name: one.formed(slice(0, one.count)) for name, one in self._per_input(columns, names).items()}
+        found = {name: one.formed(slice(0, one.count)) for name, one in self._per_input(columns, names)}
         return {name: g.reshape(*g.shape[:2], *self._parameters[name].shape) for name, g in found.items()}
 
     def gram(self, columns: Tensor, *, names: Sequence[str] | None = None) -> Tensor:
         total = columns.new_zeros(*columns.shape[:2], *columns.shape[:2])
-        for one in self._per_input(columns, names).values():
+        for _, one in self._per_input(columns, names):
             total += one.gram()
         return total
 
-    def _per_input(self, columns: Tensor, names: Sequence[str] | None) -> dict[str, PerInput]:
+    def _per_input(self, columns: Tensor, names: Sequence[str] | None) -> Iterator[tuple[str, PerInput]]:
         """Of all columns at once, where any two of them meet."""
         (cotangents,) = self._backward(columns, self._of(names), at_once=len(columns))
-        return {name: self._gradients(name, cotangents) for name in (self.names if names is None else names)}
+        for name in self.names if names is None else names:
+            yield name, self._gradients(name, cotangents)
 
     def squared_vjp(self, columns: Tensor, *, names: Sequence[str] | None = None, per_input: bool = False) -> Diagonal:
         total: Diagonal = {}
@@ -172,10 +173,7 @@ class Backward(Pass, ABC):
         return found | self._sums(columns, quartic(shares, weights), small) if small else found
 
     def _sums(self, columns: Tensor, reductions: Sequence[Reduction], names: Sequence[str] | None) -> Diagonal:
-        """Of all columns at once."""
-        (cotangents,) = self._backward(columns, self._of(names), at_once=len(columns))
-        wanted = self.names if names is None else names
-        return {name: self._gradients(name, cotangents).sums(reductions) for name in wanted}
+        return {name: one.sums(reductions) for name, one in self._per_input(columns, names)}
 
     def _is_flat(self, i: int) -> bool:
         """Whether all that is asked of a contact is a product of one cotangent's entry and something else."""

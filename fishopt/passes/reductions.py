@@ -55,14 +55,10 @@ def fourth_powers(weights: Tensor) -> Reduction:
 
 def quartic(shares: Tensor, weights: Tensor) -> tuple[Reduction, ...]:
     """Those of `Pass.quartic_sums`, in its order; of one column the second and the third are the same to the bit."""
-
-    def shared(g: Tensor, rows: slice | Tensor) -> Tensor:
-        return _scaled(g.square(), shares[:, rows])
-
     return (
-        Reduction(lambda g, rows: shared(g, rows).sum(0), degree=2),
-        Reduction(lambda g, rows: shared(g, rows).sum(0).square(), degree=4),
-        Reduction(lambda g, rows: shared(g, rows).square().sum(0), degree=4),
+        weighted_squares(shares),
+        Reduction(lambda g, rows: _weigh(g.square(), shares[:, rows]).square(), degree=4),
+        Reduction(lambda g, rows: _scaled(g.square(), shares[:, rows]).square().sum(0), degree=4),
         fourth_powers(weights),
     )
 
