@@ -72,8 +72,11 @@ ABLATIONS: Mapping[str, Ablation] = {
         ],
     ),
     "positions": Ablation(
-        "where the size of F is from if an input has labels at several positions",
-        grid(["FisherAdam", "FisherAdam schedule-free"], scale=("likelihood", "gradient")),
+        "where the size of F is from if an input has labels at several positions, and how many inputs a refresh takes",
+        [
+            *grid(["FisherAdam", "FisherAdam schedule-free"], scale=("likelihood", "gradient")),
+            *grid(["FisherAdam schedule-free"], refresh_inputs=(2, 4, 16)),
+        ],
         ("char_transformer",),
     ),
     "averaging": Ablation(

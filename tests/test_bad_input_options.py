@@ -42,7 +42,7 @@ OPTION_ROWS = [
     *[(BOTH, {"weight_decay": v}, "weight_decay=.*finite number >= 0") for v in (True, torch.tensor(-1.0))],
     *[(BOTH, {"damping": v}, "damping=.*finite number >") for v in (NAN, math.inf, "x", None, True, 10**30)],
     *[(BOTH, {"refresh_every": v}, "refresh_every=.*whole number >= 1") for v in (math.inf, torch.tensor(3), "5")],
-    *[(BOTH, {"refresh_inputs": v}, "refresh_inputs=.*whole number >= 1") for v in (None, True, -1, "all")],
+    *[(BOTH, {"refresh_inputs": v}, "refresh_inputs=.*whole number >= 1") for v in (True, -1, "all")],
     *[(BOTH, {"estimator": v}, "estimator=.*'auto'") for v in (None, 3, torch.ones(2))],
     *[(BOTH, {"criterion": v}, "criterion=.*'efficiency'") for v in (None, 0)],
     *[(BOTH, {"maximize": v}, "maximize=.*True or False") for v in ("no", None, 1)],

@@ -8,6 +8,7 @@ import fishopt
 from fishopt.optim.amp import plain_gradient
 from fishopt.optim.estimate import Training
 from fishopt.optim.recorder import Record
+from fishopt.optim.subbatch import enough
 from fishopt.passes import Arguments
 from tests.asserts import assert_close
 from tests.positions_setup import IGNORED, Tokens
@@ -106,3 +107,36 @@ def test_the_size_of_f_is_the_gradients_where_an_input_has_several_labels(schedu
             ends[scale] = model.weight.detach()
         assert torch.equal(ends["auto"], ends[expected])
         assert not torch.equal(ends["gradient"], ends["likelihood"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [(None, 16), ((20, 8), 16), ((20, 32), 8), ((20, 64), 4), ((20, 9999), 4)]
+)
+def test_refreshes_take_fewer_inputs_where_each_has_many_labels(labels, expected):
+    assert enough(None if labels is None else torch.ones(labels, dtype=torch.bool)) == expected
+
+
+def test_only_labels_that_count_make_an_input_enough():
+    counted = torch.zeros(20, 64, dtype=torch.bool)
+    counted[:10, :16] = True
+    assert enough(counted) == 16
+    assert enough(counted[:, :32]) == 16
+    counted[:10, :32] = True
+    assert enough(counted) == 8
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_the_inputs_of_a_refresh_are_those_asked_for_or_else_enough(kind):
+    ends = {}
+    for asked in (None, 4, 16):
+        torch.manual_seed(0)
+        model, x = Tokens(4).double(), torch.randint(0, 5, (16, 80))
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = kind(model, loss_fn, estimator="exact", refresh_inputs=asked)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_fn(model(x).flatten(0, 1), (x.flatten() + 1) % 4).backward()
+            optimizer.step()
+        ends[asked] = nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert torch.equal(ends[None], ends[4])
+    assert not torch.equal(ends[None], ends[16])

@@ -58,7 +58,8 @@ class FisherAdam(ScheduleFree):
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
             ever more rarely, about every tenth of the steps so far.
-        refresh_inputs: Inputs of the batch that an estimate uses.
+        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or fewer, not under 4, where each has
+            labels at several positions: as many as have 256 labels.
         scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
             ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
             ``"gradient"``: each layer's mean of F/B is the moving average of its training gradients' mean square.
@@ -92,7 +93,7 @@ class FisherAdam(ScheduleFree):
         estimator: str = "auto",
         criterion: str = "efficiency",
         refresh_every: int = 50,
-        refresh_inputs: int = 16,
+        refresh_inputs: int | None = None,
         scale: str = "auto",
         maximize: bool = False,
         output: Callable[[Any], Any] | str | int | None = None,

@@ -29,6 +29,7 @@ from fishopt.optim.pace import interval
 from fishopt.optim.portable import is_trial, make_room
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.resuming import Resumable
+from fishopt.optim.subbatch import INPUTS
 from fishopt.optim.units import Params, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
 from fishopt.report import Report, Row
@@ -49,7 +50,7 @@ class FisherOptimizer(Resumable, ABC):
         *,
         criterion: str,
         refresh_every: int,
-        refresh_inputs: int,
+        refresh_inputs: int | None,
         output: Any,
         generator: torch.Generator | None,
         scale: str = "auto",
@@ -62,7 +63,8 @@ class FisherOptimizer(Resumable, ABC):
         self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
-        checks.whole("refresh_inputs", refresh_inputs)
+        if refresh_inputs is not None:
+            checks.whole("refresh_inputs", refresh_inputs)
         listed, self._layerwise = parameter_groups(params, list(self._name_of))
         super().__init__(listed, defaults)
         source = checks.generator(generator, next(p.device for group in self.param_groups for p in group["params"]))
@@ -85,7 +87,7 @@ class FisherOptimizer(Resumable, ABC):
         self._seconds = 0.0
         self._started: float | None = None
         self._recorder = Recorder(
-            family, self._readout, wants_gradient=self._wants_gradient(), keep=refresh_inputs, active=True
+            family, self._readout, wants_gradient=self._wants_gradient(), keep=refresh_inputs or INPUTS, active=True
         )
         self._hook_on(model, likelihood if isinstance(likelihood, nn.Module) else None)
 

@@ -59,7 +59,7 @@ class Curvature:
         likelihood: The family behind its loss.
         estimates_noise: Whether to estimate the labels' variance, relative to the one that the likelihood assumes.
         criterion: How ``"auto"`` chooses, see `fishopt.select_estimators`.
-        refresh_inputs: Inputs per estimate, at most.
+        refresh_inputs: Inputs per estimate, at most; if None `enough`.
         readout: What picks the natural parameters from the model's output.
         generator: Source of sub-batches and labels.
     """
@@ -71,7 +71,7 @@ class Curvature:
         *,
         estimates_noise: bool,
         criterion: str,
-        refresh_inputs: int,
+        refresh_inputs: int | None,
         readout: Callable[[Any], Any] | None,
         generator: torch.Generator,
     ) -> None:

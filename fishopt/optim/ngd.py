@@ -57,7 +57,8 @@ class DiagonalNGD(FisherOptimizer):
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
             ever more rarely, about every tenth of the steps so far.
-        refresh_inputs: Inputs of the batch that an estimate uses.
+        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or fewer, not under 4, where each has
+            labels at several positions: as many as have 256 labels.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
             key such as ``"logits"``, or an attribute's name.
@@ -85,7 +86,7 @@ class DiagonalNGD(FisherOptimizer):
         estimator: str = "auto",
         criterion: str = "efficiency",
         refresh_every: int = 20,
-        refresh_inputs: int = 16,
+        refresh_inputs: int | None = None,
         maximize: bool = False,
         output: Callable[[Any], Any] | str | int | None = None,
         generator: torch.Generator | None = None,

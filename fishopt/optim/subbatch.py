@@ -13,6 +13,19 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim.recorder import Record
 from fishopt.passes import Arguments, Shadow
 
+INPUTS, FEWEST, LABELS = 16, 4, 256
+"""Inputs of a refresh unless the user says otherwise: with one label each, at the least, and the labels that are enough
+with several. Each of these costs what an input does, and tells less than one, as they depend on each other."""
+
+
+def enough(counted: Tensor | None) -> int:
+    """The inputs that a refresh looks at by itself, by which of their labels count, if these have positions."""
+    if counted is None:
+        return INPUTS
+    labels = counted.flatten(1).sum(1)
+    each = int(labels.sum()) / max(1, int((labels > 0).sum()))
+    return min(INPUTS, max(FEWEST, round(LABELS / max(each, 1))))
+
 
 @dataclass(frozen=True)
 class SubBatch:
@@ -36,9 +49,9 @@ class SubBatch:
 
     @classmethod
     def drawn(
-        cls, shadow: Shadow, likelihood: Likelihood, record: Record, most: int, generator: torch.Generator
+        cls, shadow: Shadow, likelihood: Likelihood, record: Record, most: int | None, generator: torch.Generator
     ) -> Self:
-        """At most so many of what was trained on; all of the last forward if the network runs on nothing less.
+        """At most so many of what was trained on, or `enough`; all of the last forward if the network runs on no fewer.
 
         Drawn, not the first ones: a full batch comes in the same order each step.
 
@@ -59,7 +72,7 @@ class SubBatch:
             rows = rows[record.counted.flatten(1).any(1).to(rows.device)[rows]]
         if not len(rows):
             raise NonFiniteError("no label of the batch counts")
-        return cls(shadow, likelihood, inputs, rows[:most], record.counted)
+        return cls(shadow, likelihood, inputs, rows[: most or enough(record.counted)], record.counted)
 
     def __len__(self) -> int:
         return len(self.rows)
