@@ -110,19 +110,30 @@ def test_the_size_of_f_is_the_gradients_where_an_input_has_several_labels(schedu
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"), [(None, 16), ((20, 8), 16), ((20, 32), 8), ((20, 64), 4), ((20, 9999), 4)]
+    ("labels", "expected"),
+    [(None, 16), ([1, 1], 16), ([8], 16), ([32, 32], 8), ([32, 0], 8), ([64, 16], 6), ([64, 64], 4), ([9999], 4)],
 )
 def test_refreshes_take_fewer_inputs_where_each_has_many_labels(labels, expected):
-    assert enough(None if labels is None else torch.ones(labels, dtype=torch.bool)) == expected
+    assert enough(None if labels is None else torch.tensor(labels)) == expected
 
 
-def test_only_labels_that_count_make_an_input_enough():
-    counted = torch.zeros(20, 64, dtype=torch.bool)
-    counted[:10, :16] = True
-    assert enough(counted) == 16
-    assert enough(counted[:, :32]) == 16
-    counted[:10, :32] = True
-    assert enough(counted) == 8
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_inputs_of_one_label_that_is_ignored_do_not_count(kind):
+    ends = []
+    for ignored in (True, False):
+        torch.manual_seed(0)
+        model, x, y = nn.Linear(5, 4).double(), torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3 + 1
+        y[2] = y[5] = 0
+        some = slice(None) if ignored else y > 0
+        loss_fn = nn.CrossEntropyLoss(ignore_index=0)
+        optimizer = kind(model, loss_fn, estimator="exact")
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss_fn(model(x[some]), y[some]).backward()
+            optimizer.step()
+        assert optimizer._moment.batch_size == 6
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*ends)
 
 
 @pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])

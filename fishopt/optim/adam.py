@@ -58,8 +58,8 @@ class FisherAdam(ScheduleFree):
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
             ever more rarely, about every tenth of the steps so far.
-        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or fewer, not under 4, where each has
-            labels at several positions: as many as have 256 labels.
+        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or where each has labels at several
+            positions as many as have about 256 labels, between 4 and 16.
         scale: Where the size of F is from; its shape is the model's in any case. ``"likelihood"``: the model as well.
             ``"dispersion"``: times the labels' squared residuals over what the model expects of them.
             ``"gradient"``: each layer's mean of F/B is the moving average of its training gradients' mean square.

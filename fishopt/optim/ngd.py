@@ -57,8 +57,8 @@ class DiagonalNGD(FisherOptimizer):
             hutchinson and exact), ``"bound"`` or ``"exact"`` (I1 against I2).
         refresh_every: The most steps between estimates. At first each step has one, and as training goes on they come
             ever more rarely, about every tenth of the steps so far.
-        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or fewer, not under 4, where each has
-            labels at several positions: as many as have 256 labels.
+        refresh_inputs: Inputs of the batch that an estimate uses; if None 16, or where each has labels at several
+            positions as many as have about 256 labels, between 4 and 16.
         maximize: Ascend instead.
         output: Picks the natural parameters from what the model returns, where that is not they alone: a function, a
             key such as ``"logits"``, or an attribute's name.

@@ -15,16 +15,15 @@ from fishopt.passes import Arguments, Shadow
 
 INPUTS, FEWEST, LABELS = 16, 4, 256
 """Inputs of a refresh unless the user says otherwise: with one label each, at the least, and the labels that are enough
-with several. Each of these costs what an input does, and tells less than one, as they depend on each other."""
+with several. An input of many takes nearly as long as so many inputs and tells less: its labels are not independent."""
 
 
-def enough(counted: Tensor | None) -> int:
-    """The inputs that a refresh looks at by itself, by which of their labels count, if these have positions."""
-    if counted is None:
+def enough(labels: Tensor | None) -> int:
+    """The inputs that a refresh looks at by itself, by how many of each one's labels count; None for one each."""
+    if labels is None:
         return INPUTS
-    labels = counted.flatten(1).sum(1)
-    each = int(labels.sum()) / max(1, int((labels > 0).sum()))
-    return min(INPUTS, max(FEWEST, round(LABELS / max(each, 1))))
+    each = float(labels.sum() / (labels > 0).sum())
+    return min(INPUTS, max(FEWEST, round(LABELS / each)))
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,12 @@ class SubBatch:
         if shadow.structure(in_full_precision(inputs.take(slice(recent, None)))).needs_all:
             return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted, is_whole=True)
         rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
-        if record.counted is not None:
-            rows = rows[record.counted.flatten(1).any(1).to(rows.device)[rows]]
+        labels = None if record.counted is None else record.counted.reshape(inputs.count, -1).sum(1).to(rows.device)
+        if labels is not None:
+            rows = rows[labels[rows] > 0]
         if not len(rows):
             raise NonFiniteError("no label of the batch counts")
-        return cls(shadow, likelihood, inputs, rows[: most or enough(record.counted)], record.counted)
+        return cls(shadow, likelihood, inputs, rows[: most or enough(labels)], record.counted)
 
     def __len__(self) -> int:
         return len(self.rows)
