@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 DEFAULT_OUT = Path("out/runs")
 
-KEPT = ("speedups_final.png", "tables.md")
+KEPT = ("profiles.png", "speedups_final.png", "tables.md")
 """What of a report is kept there, besides runs."""
 
 MAIN = (

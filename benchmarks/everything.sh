@@ -11,7 +11,8 @@ bench() { python -m benchmarks "$@" "${where[@]}"; }
 ours=(-m FisherAdam -m "FisherAdam schedule-free" -m DiagonalNGD)
 torch=(-m AdamW -m NAdam -m SGD -m Muon)
 main=("${ours[@]}" "${torch[@]}" -m "Schedule-Free AdamW")
-all=("${main[@]}" -m "DiagonalNGD auto" -m SOAP -m Sophia-H -m AdaHessian -m IVON -m SINGD)
+others=(-m "DiagonalNGD auto" -m SOAP -m Sophia-H -m AdaHessian -m IVON -m SINGD)
+all=("${main[@]}" "${others[@]}")
 core=(-m AdamW -m "Schedule-Free AdamW" -m "FisherAdam schedule-free")
 
 small=(-p digits_mlp -p poisson_regression -p gaussian_regression)
@@ -32,9 +33,11 @@ compare 4 3 "${core[@]}" "${images[@]}"
 bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
 bench run --track defaults --seeds 5 "${main[@]}" "${mlps[@]}"
 bench run --track defaults --seeds 3 "${main[@]}" -p mnist_cnn
+bench run --track defaults --seeds 3 "${others[@]}" "${mlps[@]}" -p mnist_cnn
+bench run --track defaults --seeds 1 "${all[@]}" -p char_transformer "${images[@]}"
 bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam -m Muon -p char_transformer
 bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam "${images[@]}"
-bench run --track defaults --seeds 3 "${main[@]}" -m "DiagonalNGD auto" -m L-BFGS "${goals[@]}"
+bench run --track defaults --seeds 3 "${all[@]}" -m L-BFGS "${goals[@]}"
 
 bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
 bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
