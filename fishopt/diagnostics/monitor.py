@@ -227,7 +227,7 @@ class TrainingMonitor:
     def _residuals(self, record: Record) -> tuple[Tensor, Tensor | None]:
         """Cotangents at the output, ``[N, T]``, such that the mean over inputs of what they pull back is the gradient.
 
-        And which labels count, where they have positions.
+        And which labels count, where some may not.
 
         Raises:
             ValueError: If their scale is not to be known.

@@ -32,7 +32,7 @@ class Record:
         recent: How many of these the last forward took.
         parts: Forwards.
         gradient: The gradient at the output, divided by what the loss was multiplied by, if it was asked for.
-        counted: Which labels count, where they have positions.
+        counted: Which labels count, a row for each input, where some may not.
         factor: What the loss was multiplied by, None if the loss module does not tell.
         group: The processes that share this batch's gradient, None if there is one.
         calls: The loss module's calls on the output that there was a backward through, if they were asked for.

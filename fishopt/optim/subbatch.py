@@ -35,7 +35,7 @@ class SubBatch:
         likelihood: The family behind its loss.
         inputs: All of the inputs.
         rows: Which of them.
-        counted: Which of their labels count, where these have positions.
+        counted: Which of their labels count, a row for each input, where some may not.
         is_whole: Whether the network runs on no fewer.
     """
 
