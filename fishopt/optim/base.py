@@ -86,9 +86,8 @@ class FisherOptimizer(Resumable, ABC):
         self._moment = Moment(1, 1.0, 1.0)
         self._seconds = 0.0
         self._started: float | None = None
-        self._recorder = Recorder(
-            family, self._readout, wants_gradient=self._wants_gradient(), keep=refresh_inputs or INPUTS, active=True
-        )
+        self._recorder = Recorder(family, self._readout, keep=refresh_inputs or INPUTS, active=True)
+        self._instruct_recorder()
         self._hook_on(model, likelihood if isinstance(likelihood, nn.Module) else None)
 
     # --- what an update rule defines ---
@@ -227,7 +226,7 @@ class FisherOptimizer(Resumable, ABC):
         super().add_param_group(group)
         self._plan = None
         if hasattr(self, "_recorder"):
-            self._recorder.wants_gradient = self._wants_gradient()
+            self._instruct_recorder()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""

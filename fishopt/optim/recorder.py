@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from fishopt.likelihoods import Likelihood
+from fishopt.optim.backwards import Arrival, Backward, current, is_of_one_input, sign, signed
 from fishopt.optim.calls import LossCall, Tag
 from fishopt.optim.world import group_of
 from fishopt.passes import Arguments
@@ -63,6 +64,15 @@ class Record:
         """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
         return torch.stack([call.value(outputs) for call in self.calls]).sum()
 
+    def take(self, arrival: Arrival, *, is_first: bool) -> None:
+        """Adds what a backward brought, the first one or a further one."""
+        mine, other = self.factor, arrival.factor
+        self.factor = other if is_first else None if mine is None or other is None else mine + other
+        if arrival.gradient is not None:
+            self.gradient = arrival.gradient if self.gradient is None else self.gradient + arrival.gradient
+        self.counted = arrival.counted
+        self.calls.extend(arrival.calls)
+
     def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
         mine, others = self.inputs.leaves, inputs.leaves
@@ -101,7 +111,9 @@ def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Recor
 class Recorder:
     """A forward hook that keeps what was trained on since the last step.
 
-    A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on.
+    A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on. So
+    does one with a backward that leaves no gradient in any parameter: where users put gradients there by themselves,
+    there is no other.
     Copied or pickled along with its model it becomes inert: a copy of the model is not being trained by the optimizer.
     An optimizer that is copied along with them wakes the copy up.
 
@@ -109,6 +121,7 @@ class Recorder:
         wants_gradient: Keep the loss's gradient with respect to the output as well.
         wants_loss: Keep the calls of the loss module as well, and all micro-batches.
         keep: Inputs of earlier micro-batches to keep.
+        parameters: What is trained; if there are none, any backward counts.
 
     Args:
         likelihood: Tells which labels counted, from the gradient at the output.
@@ -131,11 +144,13 @@ class Recorder:
         self.wants_loss = False
         self.keep = keep
         self.likelihood, self._readout, self._active = likelihood, readout, active
+        self.parameters: list[Tensor] = []
         self._records: list[Record] = []
         self._dropped = self._parts = 0
+        self._idle: list[Arrival] = []
+        self._under_way: dict[int, Backward] = {}
         self._before: Record | None = None
         self._untrained: Record | None = None
-        self._at_loss: Tensor | None = None
         self._is_checked = False
 
     @property
@@ -145,22 +160,28 @@ class Recorder:
     @property
     def records(self) -> list[Record]:
         """What has been trained on since the last step, each forward by itself, in order."""
-        return list(self._records)
+        self._end(current())  # a step from within its backward
+        if self._records:
+            return list(self._records)
+        return list(map(_taken, self._idle))
 
     @property
     def last(self) -> Record | None:
         """What has been trained on since the last step, or before it, or at least gone through the model."""
-        if self._records:
-            return joined(self._records, self._dropped, self._parts)
-        return self._before or self._untrained
+        records = self.records
+        return joined(records, self._dropped, self._parts) if records else self._before or self._untrained
 
     def start_anew(self) -> None:
         """After a step, or when gradients are set to zero."""
-        if self._records:
+        if self.records:
             self._before = self.last
         for record in self._records:
             record.calls.clear()
-        self._records = []
+        self._forget()
+        self._under_way = {}
+
+    def _forget(self) -> None:
+        self._records, self._idle = [], []
         self._dropped = self._parts = 0
 
     def is_unscaled(self) -> bool:
@@ -174,39 +195,70 @@ class Recorder:
         if not self._active or not torch.is_grad_enabled():
             return
         trained = [x for x in tree_leaves(self._natural(output)) if isinstance(x, Tensor) and x.requires_grad]
-        if not trained:
+        if not trained or is_of_one_input(trained[0]):
             return
         record = Record(Arguments(args, kwargs), group=group_of(module))
         self._untrained = record
+        sign(trained[0], self._key, record)
         if self.wants_loss:
             Tag.put(trained[0], self._key, record)
-        trained[0].register_hook(partial(self._backward, record))
+        trained[0].register_hook(partial(self._at_output, record))
 
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
-        if self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0:
-            output.register_hook(self._keep_factor)
+        if not (self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0):
+            return
+        records = signed(output, self._key)
+        if records:
             tag = Tag.of(args[0], self._key) if args else None
-            if tag is not None and tag.record is not None:
-                output.register_hook(partial(_keep_call, tag.record.calls, tag.call(module, args)))
+            call = tag.call(module, args) if tag is not None and tag.record is records[0] else None
+            output.register_hook(partial(self._at_loss, records, call))
 
-    def _keep_factor(self, gradient: Tensor) -> None:
-        self._at_loss = gradient.detach()
+    def _at_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
+        whole = sum(record.count or 1 for record in records)
+        for record in records:
+            arrival = self._now().to(record)
+            factor = gradient.detach() * ((record.count or 1) / whole)
+            arrival.factor = factor if arrival.factor is None else arrival.factor + factor
+            if call is not None:
+                arrival.calls.append(replace(call, factor=gradient.detach()))
 
-    def _backward(self, record: Record, gradient: Tensor) -> None:
-        # The loss is the last thing that a backward has been through.
-        record.factor, self._at_loss = self._at_loss, None
+    def _at_output(self, record: Record, gradient: Tensor) -> None:
+        backward = self._now()
+        arrival = backward.to(record)
         if self.likelihood is not None and self.likelihood.leaves_out(gradient):
             if not self._is_checked:
                 self.likelihood.check_gradient(gradient)
                 self._is_checked = True
-            record.counted = self.likelihood.counted_by(gradient)
+            arrival.counted = self.likelihood.counted_by(gradient)
         if self.wants_gradient:
-            new = gradient.detach()
-            record.gradient = new if record.gradient is None else record.gradient + new
-        if not any(one is record for one in self._records):
-            self._records.append(record)
-            self._trim()
+            arrival.gradient = gradient.detach()
+        backward.arrivals.append(arrival)
+
+    def _now(self) -> Backward:
+        """The backward that this is called from within."""
+        task = current()
+        if task not in self._under_way:
+            self._under_way[task] = Backward(self.parameters, at_end=partial(self._end, task))
+        return self._under_way[task]
+
+    def _end(self, task: int) -> None:
+        """Takes in what a backward has brought."""
+        backward = self._under_way.pop(task, None)
+        if backward is None or not backward.arrivals:
+            return
+        if not backward.trains:
+            self._idle = backward.arrivals
+            return
+        if backward.found_no_gradients:
+            self._forget()  # by the model's own zero_grad, or whatever set gradients to None
+        self._idle = []
+        for arrival in backward.arrivals:
+            is_first = not any(one is arrival.record for one in self._records)
+            arrival.record.take(arrival, is_first=is_first)
+            if is_first:
+                self._records.append(arrival.record)
+                self._trim()
 
     def _trim(self) -> None:
         """Lets go of the oldest micro-batches, if they hold much and there are enough inputs without."""
@@ -248,8 +300,10 @@ class LossHook:
         return LossHook, ()
 
 
-def _keep_call(calls: list[LossCall], call: LossCall, gradient: Tensor) -> None:
-    calls.append(replace(call, factor=gradient.detach()))
+def _taken(arrival: Arrival) -> Record:
+    record: Record = replace(arrival.record, gradient=None, calls=[])
+    record.take(arrival, is_first=True)
+    return record
 
 
 def _kinds(record: Record) -> list[Any]:

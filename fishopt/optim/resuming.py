@@ -39,6 +39,10 @@ class Resumable(Copyable):
     def _wants_gradient(self) -> bool:
         """Whether the loss's gradient at the model's output is needed."""
 
+    def _instruct_recorder(self) -> None:
+        self._recorder.wants_gradient = self._wants_gradient()
+        self._recorder.parameters = [p for group in self.param_groups for p in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
         state = super().state_dict()
@@ -81,5 +85,5 @@ class Resumable(Copyable):
             self._moment = Moment(*own["moment"])
             self._seconds, self._started = own["seconds"], None
             self._curvature.load_state_dict(own["curvature"])
-            self._recorder.wants_gradient = self._wants_gradient()
+            self._instruct_recorder()
             transaction.commit()
