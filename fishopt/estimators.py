@@ -173,7 +173,12 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
             # The mean is taken at the output, where there are fewer numbers than in the parameters.
             squared, hessian = rule(likelihood, h, some)
             if squared is not None:
-                add(total, through.squared_vjp(fewest_columns(squared) / count**0.5, names=part))
+                pooled = tuple(name for name in part if batch.coverage.is_pooled(name))
+                rest = tuple(name for name in part if name not in pooled)
+                # Where inputs are squared together their columns have to be independent, which eigenvectors are not.
+                for columns, own in ((fewest_columns(squared), rest), (squared, pooled)):
+                    if own:
+                        add(total, through.squared_vjp(columns / count**0.5, names=own))
             if hessian is not None:
                 add(total, through.hessian_diagonal(hessian / count, names=part, sketch=some.sketch))
     # In the model's order, not the plan's: an optimizer's state is laid out in it.
@@ -254,5 +259,10 @@ def fisher_diagonal(
         TypeError: If ``model``, ``inputs`` or ``likelihood`` is of the wrong kind.
     """
     batch, draw = request(model, inputs, likelihood, estimator, tuple(ESTIMATORS), samples, targets, generator)
+    if estimator == "empirical" and (pooled := [name for name in batch.names if batch.coverage.is_pooled(name)]):
+        raise ValueError(
+            f"estimator='empirical': of {pooled[0]!r} there are no gradients of single inputs, as the model couples "
+            "the inputs of a batch, and the square of their sum is not the sum of their squares; pass another estimator"
+        )
     found = estimate(batch, by_structure({estimator: batch.names}, batch.structure, batch.coverage), draw)
     return {name: found[name] for name in batch.names}

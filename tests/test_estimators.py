@@ -1,5 +1,7 @@
 """Estimators: expectations by enumeration, spread by z-tests, one scale for all, reproducible."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,41 @@ def test_fewest_columns_keeps_every_quadratic_form():
     few = fewest_columns(c)
     assert few.shape == (3, 4, 3)
     torch.testing.assert_close(torch.einsum("kna,knb->nab", few, few), torch.einsum("kna,knb->nab", c, c))
+
+
+def _of_one_batch_size(n):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x.view(n, 4))
+
+    torch.manual_seed(0)
+    return Network().double(), torch.randn(n, 4, dtype=torch.float64) + 1
+
+
+@pytest.mark.parametrize("samples", [1, 3, 10])
+def test_more_samples_than_outputs_where_inputs_are_squared_together(samples):
+    model, x = _of_one_batch_size(64)
+    p = model(x).detach().softmax(1)
+    expected = (p * (1 - p)).T @ x.square() / 64
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = [
+            fishopt.fisher_diagonal(model, x, "categorical", samples=samples, generator=generator)["layer.weight"]
+            for _ in range(200)
+        ]
+    ratio = torch.stack(draws).mean(0) / expected
+    assert ((ratio > 0.7) & (ratio < 1.4)).all()
+
+
+def test_empirical_needs_gradients_of_single_inputs():
+    model, x = _of_one_batch_size(8)
+    with pytest.raises(ValueError, match=r"estimator='empirical'.*'layer.weight'.*couples the inputs"):
+        fishopt.fisher_diagonal(model, x, "categorical", estimator="empirical", targets=torch.zeros(8).long())
 
 
 def test_frozen_parameters_are_left_out_and_the_model_is_left_alone():

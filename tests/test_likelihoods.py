@@ -76,6 +76,14 @@ def test_spectra_hold(family, tight):
         torch.testing.assert_close(low, m.amin(0), rtol=1e-6, atol=1e-12)
 
 
+def test_bounds_where_all_rates_underflow():
+    h = torch.tensor([[-120.0], [0.5], [-200.0]])
+    lower, upper = fishopt.Poisson().quartic_spectrum(h)
+    assert (lower <= upper).all()
+    assert upper[0] == upper[2] == 0
+    assert upper[1] > 0
+
+
 def test_gaussian_with_unit_variance_is_proposition_5_1():
     h = _h(3)
     assert (fishopt.Gaussian().covariance_spectrum(h).lower == 1).all()

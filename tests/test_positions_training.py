@@ -117,15 +117,16 @@ def test_refreshes_take_fewer_inputs_where_each_has_many_labels(labels, expected
     assert enough(None if labels is None else torch.tensor(labels)) == expected
 
 
+@pytest.mark.parametrize("mark", [0, -100])
 @pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
-def test_inputs_of_one_label_that_is_ignored_do_not_count(kind):
+def test_inputs_of_one_label_that_is_ignored_do_not_count(kind, mark):
     ends = []
     for ignored in (True, False):
         torch.manual_seed(0)
         model, x, y = nn.Linear(5, 4).double(), torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3 + 1
-        y[2] = y[5] = 0
+        y[2] = y[5] = mark
         some = slice(None) if ignored else y > 0
-        loss_fn = nn.CrossEntropyLoss(ignore_index=0)
+        loss_fn = nn.CrossEntropyLoss(ignore_index=mark)
         optimizer = kind(model, loss_fn, estimator="exact")
         for _ in range(12):
             optimizer.zero_grad()

@@ -50,3 +50,17 @@ def test_products_leave_out_what_is_ignored():
     (vector,) = _directions(model, 1)
     found = fisher_vector_product(model, x, nn.CrossEntropyLoss(), vector, targets=y)
     assert_close(found, fisher_vector_product(model, x[y >= 0], nn.CrossEntropyLoss(), vector))
+
+
+def test_rows_of_padding_do_not_move():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.tensor([[0, 1], [1, 1], [4, 2], [3, 1]])
+    gradients = []
+    for h in model(x).log_softmax(-1).flatten():
+        grads = torch.autograd.grad(h, list(model.parameters()), retain_graph=True)
+        gradients.append(torch.cat([g.flatten() for g in grads]))
+    scores = torch.stack(gradients) * model(x).softmax(-1).detach().sqrt().flatten()[:, None] / len(x) ** 0.5
+    for vector in _directions(model):
+        found = fisher_vector_product(model, x, "categorical", vector)
+        torch.testing.assert_close(_flat(found), scores.T @ (scores @ _flat(vector)), rtol=1e-8, atol=1e-12)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, NonFiniteError, apart
+from fishopt.batch import Batch, NonFiniteError, apart, streams_kept
 from fishopt.checks import check_flag, checked_generator, checked_model
 from fishopt.diagnostics.measures import Measurement, condition_number, fisher_moments, gradient_moments
 from fishopt.diagnostics.watch import Watch
@@ -19,7 +19,7 @@ from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.likelihoods.base import COLUMN_LIMIT
 from fishopt.optim.amp import plain_gradient
 from fishopt.optim.checks import whole
-from fishopt.optim.recorder import LossHook, Record
+from fishopt.optim.recorder import LossHook, Record, leaving_out
 from fishopt.passes import Shadow, unwrapped
 
 GRAM_INPUTS = 512
@@ -186,8 +186,7 @@ class TrainingMonitor:
             raise ValueError("the model was called without a tensor that has a row for each input")
         residuals, counted = self._residuals(record)
         self._names = _named_groups(self._model, self._optimizer)
-        devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(sorted(devices, key=str)):  # a network may draw random numbers in eval mode too
+        with streams_kept(self._model):
             shadow, self._shadow = self._current_shadow(), None
             rows = torch.randperm(record.inputs.count, generator=self._generator, device=self._generator.device)
             rows = rows[:GRAM_INPUTS]
@@ -242,7 +241,7 @@ class TrainingMonitor:
         counted = None
         if self._likelihood.leaves_out(gradient):
             self._likelihood.check_gradient(gradient)
-            counted = self._likelihood.counted_by(gradient)
+            counted = leaving_out(self._likelihood.counted_by(gradient))
         if not c.isfinite().all():
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
         return c * (record.count * (record.parts if is_summed else 1)), counted

@@ -47,7 +47,8 @@ class Categorical(Likelihood):
         return None if targets.ndim < 2 and counts.all() else counts
 
     def leaves_out(self, outputs: Tensor) -> bool:
-        return outputs.ndim > 2 or self.ignore_index != -100
+        # In float16 the gradient at a label that is all but certain is zero as well.
+        return outputs.ndim > 2 or self.ignore_index != -100 or outputs.dtype != torch.float16
 
     def counted_by(self, gradient: Tensor) -> Tensor:
         # At a label that counts some class's gradient is not zero, unless the prediction is certain to the last digit.

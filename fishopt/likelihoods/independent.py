@@ -91,7 +91,8 @@ class Independent(Likelihood):
         vertex = (kappa + 2 * v.square()).amax(-1)
         highest = torch.where(convex & ~concave, vertex, apart)
         # Proposition 4.3; M is the covariance of an outer product, so it is never negative (Corollary 4.2).
-        highest = torch.minimum(highest, self.radius(h) * v.amax(-1))
+        bound = self.radius(h) * v.amax(-1)  # not a number where that is infinity times zero
+        highest = torch.where(bound < highest, bound, highest)
         return Interval(lowest.clamp_min(0), highest.clamp_min(0))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import checked_inputs
+from fishopt.batch import checked_inputs, streams_kept
 from fishopt.checks import checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
@@ -291,7 +291,8 @@ class FisherOptimizer(Resumable, ABC):
             return Estimate({}, self._moment)
         transaction.on_failure(self._curvature.restorer())
         training = Training(plain_gradient(self, record), self._gradient_of)
-        return self._curvature.refresh(groups, wanted, record, training, self._steps)
+        with streams_kept(self._model):
+            return self._curvature.refresh(groups, wanted, record, training, self._steps)
 
     def _gradient_of(self, name: str) -> Tensor | None:
         """The training gradient of one parameter, without a GradScaler's scale."""

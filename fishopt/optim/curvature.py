@@ -117,7 +117,7 @@ class Curvature:
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: self._residuals(training.at_output, record.counted))
+            residuals = attempt(lambda: self._residuals(training.at_output, record.mask))
             seen = residuals if self.estimates_noise else None
             noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)

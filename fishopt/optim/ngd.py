@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishopt.batch import streams_kept
 from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
@@ -174,7 +175,8 @@ class DiagonalNGD(FisherOptimizer):
             transaction.on_failure(self._restorer())
             self._take(estimate, trained=True)
         if buckets := self._planned(members).buckets:
-            self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
+            with streams_kept(self._model):
+                self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
         return None
 
     def _restorer(self) -> Callable[[], None]:

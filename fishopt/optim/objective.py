@@ -72,9 +72,10 @@ class Objective:
         if self._likelihood is None:
             loss = record.loss(h)
             return float(loss.detach()), torch.autograd.grad(loss, h, create_graph=True)[0]
-        likelihood, natural = self._likelihood.at(h, record.counted)
+        mask = record.mask
+        likelihood, natural = self._likelihood.at(h, mask)
         counts = likelihood.covariance_diagonal(natural).detach() > 0  # where labels do not count it is zero
-        observations = len(natural) * likelihood.positions if record.counted is None else int(record.counted.sum())
+        observations = len(natural) * likelihood.positions if mask is None else int(mask.sum())
         scale = likelihood.gradient_scale(observations, natural.shape[1] // likelihood.positions) / observations
         return 0.0, (likelihood.mean(natural) * counts * scale).reshape(h.shape)
 

@@ -60,6 +60,11 @@ class Record:
         # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
         vars(self).update(state, group=dist.group.WORLD if state["group"] and dist.is_initialized() else None)
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Which labels count, if some do not. To be asked at a refresh alone: on a GPU the answer is waited for."""
+        return leaving_out(self.counted)
+
     def loss(self, outputs: Tensor) -> Tensor:
         """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
         return torch.stack([call.value(outputs) for call in self.calls]).sum()
@@ -80,6 +85,11 @@ class Record:
             a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
             for a, b in zip(mine, others, strict=True)
         )
+
+
+def leaving_out(counted: Tensor | None) -> Tensor | None:
+    """Which labels count; None where each input has one and all do."""
+    return None if counted is None or (counted.ndim < 2 and bool(counted.all())) else counted
 
 
 def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Record:

@@ -27,12 +27,14 @@ class ScheduleFree(FisherOptimizer):
     """An optimizer whose groups may have the option ``"schedule_free"``.
 
     Their parameters hold y in training. While the model is evaluated, which a hook on it sees, they hold the average x,
-    and y is kept in the state beside it: evaluation leaves training as it is, bit for bit.
+    and y is kept in the state beside it: evaluation leaves training as it is, bit for bit. Weights that the model loads
+    are an average, too: they are evaluated as they are.
     """
 
     _wrapped: nn.Module
     _switch: Switch | None
     _switch_handles: list[RemovableHandle]
+    _awaits_weights: bool = False
 
     def eval(self) -> None:
         """Puts the averages into the parameters of groups with ``schedule_free``.
@@ -58,6 +60,7 @@ class ScheduleFree(FisherOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Resumable.load_state_dict`; the model's parameters have to be of the same moment."""
         super().load_state_dict(state_dict)
+        self._awaits_weights = True
         self._watch()
 
     def follow_call(self) -> None:
@@ -68,11 +71,38 @@ class ScheduleFree(FisherOptimizer):
         where BatchNorm's statistics are taken anew.
         """
         trains, grad = self._model.training, torch.is_grad_enabled()
+        self._awaits_weights = False
         if self._holds == TRAINED:
             if not trains and not grad:
+                self._refuse_traced()
                 self._put_averages_in(AVERAGE)
         elif (trains and grad) or (self._holds == AVERAGE and (trains or grad)):
+            self._refuse_traced()
             self.train()
+
+    def follow_load(self) -> None:
+        """After the model has loaded weights: what is trained goes on from as far off them as it was off the average.
+
+        Those that belong to the state that was loaded just before are of the kind that it says.
+        """
+        if self._holds == TRAINED and not self._awaits_weights:
+            self._holds = AVERAGE
+        self._awaits_weights = False
+
+    def _refuse_traced(self) -> None:
+        """Raises where a switch would become a part of what is exported.
+
+        Raises:
+            RuntimeError: If the model is being traced or exported.
+        """
+        is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        if (is_fake or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()) and any(
+            True for _ in self._moved()
+        ):
+            raise RuntimeError(
+                "the model is traced or exported while its parameters hold what is trained, not the average; call "
+                "optimizer.eval() first (or optimizer.train(), for what is trained)"
+            )
 
     def _to_trained(self) -> None:
         self.train()
@@ -106,11 +136,26 @@ class ScheduleFree(FisherOptimizer):
         """Puts the switch on the model, once there is need of one."""
         if self._switch is not None or not any(group["schedule_free"] for group in self.param_groups):
             return
+        for hook in list(self._wrapped._forward_pre_hooks.values()):
+            older = hook.optimizer if isinstance(hook, Switch) else None
+            if older is not None and not self._parameters.isdisjoint(older._parameters):
+                older._leave()
         self._switch = Switch(self)
         self._switch_handles.append(self._wrapped.register_forward_pre_hook(self._switch))
         if self._model is not self._wrapped:  # it may be called without its wrapper
             self._switch_handles.append(self._model.register_forward_pre_hook(self._switch.within))
+        self._switch_handles.append(self._model.register_load_state_dict_post_hook(self._switch.loaded))
         self._let_go_with_self()
+
+    def _leave(self) -> None:
+        """Takes the switch off: a newer optimizer has the parameters."""
+        for handle in self._switch_handles:
+            handle.remove()
+        self._switch, self._switch_handles = None, []
+
+    @property
+    def _parameters(self) -> set[Tensor]:
+        return {p for group in self.param_groups for p in group["params"]}
 
     def _let_go_with_self(self) -> None:
         for handle in self._switch_handles:
@@ -145,7 +190,7 @@ class ScheduleFree(FisherOptimizer):
             self._holds = TRAINED
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in ("_wrapped", "_switch", "_switch_handles")}
+        own = {name: vars(self)[name] for name in ("_wrapped", "_switch", "_switch_handles", "_awaits_weights")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,17 +227,26 @@ class Switch:
         """Has it tell this one."""
         self._optimizer = weakref.ref(optimizer)
 
+    @property
+    def optimizer(self) -> ScheduleFree | None:
+        """Whom it tells, if there still is one."""
+        return self._optimizer() if self._optimizer is not None else None
+
     @_disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Tells of a call."""
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        if optimizer is not None:
+        if (optimizer := self.optimizer) is not None:
             optimizer.follow_call()
 
     def within(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The same from inside a wrapper: when that is compiled, it has told already."""
         if not torch.compiler.is_compiling():
             self(module, args)
+
+    def loaded(self, module: nn.Module, _: Any) -> None:
+        """Tells that the model has loaded weights."""
+        if (optimizer := self.optimizer) is not None:
+            optimizer.follow_load()
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()

@@ -63,16 +63,16 @@ class SubBatch:
                 "model was called without a tensor that has a row for each input; call optimizer.refresh(*inputs) "
                 "with such tensors before step()"
             )
-        inputs, recent = record.inputs, record.inputs.count - record.recent
+        inputs, recent, counted = record.inputs, record.inputs.count - record.recent, record.mask
         if shadow.structure(in_full_precision(inputs.take(slice(recent, None)))).needs_all:
-            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), record.counted, is_whole=True)
+            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), counted, is_whole=True)
         rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
-        labels = None if record.counted is None else record.counted.reshape(inputs.count, -1).sum(1).to(rows.device)
+        labels = None if counted is None else counted.reshape(inputs.count, -1).sum(1).to(rows.device)
         if labels is not None:
             rows = rows[labels[rows] > 0]
         if not len(rows):
             raise NonFiniteError("no label of the batch counts")
-        return cls(shadow, likelihood, inputs, rows[: most or enough(labels)], record.counted)
+        return cls(shadow, likelihood, inputs, rows[: most or enough(labels)], counted)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import embedding
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.base import Diagonal
@@ -19,6 +20,18 @@ Direction = Mapping[str, Tensor]
 """Parameter's name -> how it changes."""
 
 _LACKS = "lacks forward mode"
+
+
+class Heeding(Substituting):
+    """Forward mode's rule for embeddings does not heed ``padding_idx``, whose rows the backward one leaves out."""
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().called(func, args, kwargs)
+        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None) if func is embedding else None
+        if padding is None:
+            return found
+        indices, weight = args[:2]
+        return torch.where((indices == padding % len(weight))[..., None], found.detach(), found)
 
 
 def run(shadow: Shadow, inputs: Arguments, replaced: Direction) -> Tensor:
@@ -32,7 +45,7 @@ def run(shadow: Shadow, inputs: Arguments, replaced: Direction) -> Tensor:
     function = forwards if replaced else shadow.module
     # With gradients on: a network may differentiate its own output, as physics-informed ones do.
     with torch.enable_grad():
-        outputs: Tensor = under(Substituting(), lambda: shadow.read(inputs.call(function)))
+        outputs: Tensor = under(Heeding(), lambda: shadow.read(inputs.call(function)))
     return outputs
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
@@ -176,7 +177,7 @@ def _shadow_of(model: nn.Module) -> nn.Module:
         # Hooks may hold anything, the optimizer itself included: none of it is to be copied.
         memo.update((id(hooks), OrderedDict()) for key, hooks in vars(module).items() if "_hooks" in key)
         memo.update((id(x), widened(x.detach()).clone()) for x in module._buffers.values() if x is not None)
-        memo.update((id(x), widened(x.detach())) for x in vars(module).values() if isinstance(x, Tensor))
+        memo.update((id(x), widened(x.detach())) for x in _kept(module) if id(x) not in memo)
     for module in model.modules():
         kept = OrderedDict((k, hook) for k, hook in module._forward_pre_hooks.items() if _computes_weights(hook))
         memo[id(module._forward_pre_hooks)] = kept
@@ -186,6 +187,12 @@ def _shadow_of(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"model cannot be copied, which curvature is computed on: {error}; see copy.deepcopy(model)"
         ) from error
+
+
+def _kept(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a module keeps as plain attributes, or in lists and dicts there: activations, mostly."""
+    plain = [value for name, value in vars(module).items() if not name.startswith("_")]
+    return (x for x in tree_leaves(plain) if isinstance(x, Tensor))
 
 
 def widened(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ _SMOOTH = {
 }
 # Of these each entry of the output comes from one operand.
 _JOINS = {"Cat", "Stack", "Where", "Maximum", "Minimum"}
-_WEIGHT_VIEWS = {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"}
+_WEIGHT_VIEWS = {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 _TRANSPARENT = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"}
 
 

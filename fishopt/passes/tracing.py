@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -77,15 +78,24 @@ def made_of(operand: Tensor, name_of: Mapping[int, str]) -> tuple[str, ...]:
 
 
 class Widening(TorchFunctionMode):
-    """All is in full precision, whatever autocast a user, or the network itself, has switched on."""
+    """All is in full precision, whatever autocast a user, or the network itself, has switched on.
+
+    And what it does without gradients has none in forward mode either.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not torch.is_grad_enabled():  # the network's own doing, which forward mode does not heed
+            with _set_fwd_grad_enabled(False):
+                return self._widened(func, args, kwargs or {})
+        return self._widened(func, args, kwargs or {})
+
+    def _widened(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return self.called(func, args, kwargs or {})
-        return self.called(func, args, kwargs or {})
+                return self.called(func, args, kwargs)
+        return self.called(func, args, kwargs)
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function's value."""

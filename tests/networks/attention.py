@@ -129,3 +129,8 @@ add(
     ),
     _pair(4),
 )
+add(
+    "pooling",  # the bias of the scores makes no difference
+    lambda: Net(lambda m, x: m.head((m.score(x).softmax(1) * x).sum(1)), score=nn.Linear(4, 1), head=nn.Linear(4, 3)),
+    normal(3, 4),
+)

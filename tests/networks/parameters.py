@@ -100,3 +100,13 @@ add(
     normal(4),
     {"a.": "rule", "": "none"},
 )
+add(
+    "token_into_linear",
+    lambda: Net(
+        lambda m, x: m.head(torch.tanh(m.up(m.token.expand(len(x), -1)) + x)),
+        token=parameter(4),
+        up=nn.Linear(4, 4),
+        head=nn.Linear(4, 3),
+    ),
+    normal(4),
+)

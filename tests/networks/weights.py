@@ -71,6 +71,15 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
 
 
+class Scaled(nn.Linear):
+    """Divided by a scale that is held constant, as where weights are quantised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.weight.abs().amax(1, keepdim=True)
+        return functional.linear(x, self.weight / scale, self.bias)
+
+
 for _zero in (False, True):
     for _layer in (LoRA, Merged):
         add(
@@ -79,3 +88,4 @@ for _zero in (False, True):
             normal(4),
         )
 add("standardized", lambda: pooled(Standardized(2, 3, 2), nn.ReLU(), channels=3), normal(2, 4, 4))
+add("scaled", lambda: nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)), normal(4))
