@@ -4,8 +4,10 @@ import copy
 import io
 import pickle
 
+import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fishopt
 from fishopt.optim.estimate import Training
@@ -129,3 +131,63 @@ def test_curvature_follows_data_changed_behind_autograds_back(kind):
     found = optimizer._curvature.refresh(*optimizer._units(), record, Training(None, lambda _: None), 0)
     expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
     torch.testing.assert_close(found.diagonal["0.weight"], expected["0.weight"])
+
+
+def _put_in(model):
+    model.insert(0, nn.Dropout(0.0))
+
+
+def _wrapped(model):
+    model[2] = nn.Sequential(nn.Identity(), model[2])
+
+
+def _pruned(model):
+    prune.identity(model[0], "weight")
+
+
+def _parametrized(model):
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+
+
+@both
+@pytest.mark.parametrize("change", [_put_in, _wrapped, _pruned, _parametrized])
+def test_parameters_that_get_another_name(kind, change):
+    ends = []
+    for changes in (False, True):
+        model, x, y = _problem()
+        optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
+        _train(model, optimizer, x, y, steps=8)
+        if changes:
+            change(model)
+        _train(model, optimizer, x, y, steps=60, start=8)
+        assert optimizer.report().failures == 0
+        ends.append(dict(zip(("w", "b", "v", "c"), sorted(model.parameters(), key=lambda p: p.shape), strict=True)))
+    for name, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][name], rtol=0, atol=0.02)
+
+
+@both
+def test_layers_that_change_places(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(32, 3)
+    y = torch.arange(32) % 3
+    optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
+    _train(model, optimizer, x, y, steps=4)
+    model[0], model[1] = model[1], model[0]
+    _train(model, optimizer, x, y, steps=200, start=4)
+    expected = fishopt.fisher_diagonal(model, x, "categorical", estimator="exact")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(optimizer.state[p]["fisher"].mean(), expected[name].mean(), rtol=0.7, atol=0)
+
+
+@both
+def test_a_layer_that_is_replaced(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    _train(model, optimizer, x, y, steps=8)
+    model[2] = nn.Linear(8, 3)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    first = _train(model, optimizer, x, y, steps=1, start=8)
+    assert _train(model, optimizer, x, y, steps=200, start=9) < first
+    assert optimizer.report().failures == 0
+    optimizer.load_state_dict(optimizer.state_dict())

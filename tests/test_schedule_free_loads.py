@@ -68,7 +68,7 @@ def test_a_newer_optimizer_has_the_parameters():
     assert older.report().steps == 8
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("how", ["export", "trace"])
 def test_a_switch_does_not_become_a_part_of_what_is_exported(how):
     def exported(model):

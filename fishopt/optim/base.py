@@ -30,7 +30,7 @@ from fishopt.optim.portable import is_trial, make_room
 from fishopt.optim.recorder import Record, Recorder
 from fishopt.optim.resuming import Resumable
 from fishopt.optim.subbatch import INPUTS
-from fishopt.optim.units import Params, members, parameter_groups, units
+from fishopt.optim.units import Params, known_as, members, parameter_groups, units
 from fishopt.passes import Arguments, unwrapped
 from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
@@ -60,7 +60,7 @@ class FisherOptimizer(Resumable, ABC):
         self._scale, self._grafts = scale, grafts and (scale == "gradient" or not estimates_noise)
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
-        self._name_of: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+        self._name_of = known_as(self._model, {})
         checked_option("criterion", criterion, CRITERIA)
         checks.whole("refresh_every", refresh_every)
         if refresh_inputs is not None:
@@ -198,11 +198,9 @@ class FisherOptimizer(Resumable, ABC):
         self._to_trained()
         started = self._start_clock()
         given = Arguments(inputs, named)
-        recorded = self._recorder.last
-        if recorded is not None and recorded.is_of(given):
-            record = recorded
-        else:
-            record = Record(given, group=recorded and recorded.group)
+        record = self._recorder.last
+        if record is None or not record.is_of(given):
+            record = Record(given, group=record and record.group)
         with Transaction() as transaction, torch.no_grad():
             estimate = self._estimate(record, transaction)
             transaction.commit()
@@ -220,7 +218,7 @@ class FisherOptimizer(Resumable, ABC):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict with an entry 'params'")
-        self._name_of = {p: name for name, p in self._model.named_parameters()}
+        self._name_of = known_as(self._model, self._name_of)
         group = {**param_group, "params": members(param_group, self._name_of)}
         self._check_options({**self.defaults, **group})
         super().add_param_group(group)
@@ -344,6 +342,7 @@ class FisherOptimizer(Resumable, ABC):
     # --- groups ---
 
     def _units(self) -> tuple[Groups, dict[str, str]]:
+        self._name_of = known_as(self._model, self._name_of)
         return units(self.param_groups, self._name_of, layerwise=self._layerwise)
 
     def _wants_gradient(self) -> bool:

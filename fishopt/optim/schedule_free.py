@@ -34,7 +34,7 @@ class ScheduleFree(FisherOptimizer):
     _wrapped: nn.Module
     _switch: Switch | None
     _switch_handles: list[RemovableHandle]
-    _awaits_weights: bool = False
+    _awaits_weights: bool
 
     def eval(self) -> None:
         """Puts the averages into the parameters of groups with ``schedule_free``.
@@ -130,6 +130,7 @@ class ScheduleFree(FisherOptimizer):
     def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
         super()._hook_on(model, loss)
         self._wrapped, self._switch, self._switch_handles = model, None, []
+        self._awaits_weights = False
         self._watch()
 
     def _watch(self) -> None:

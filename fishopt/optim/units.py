@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fishopt.groups import Groups, by_layer
 
@@ -71,6 +71,21 @@ def _listed(params: Any) -> list[Any]:
     return list(params)
 
 
+LEFT = " (no longer in the model)"
+"""Goes with the last name of a parameter that was taken out of the model."""
+
+
+def known_as(model: nn.Module, before: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """Parameter -> its name: layers are put in, wrapped and pruned while training goes on.
+
+    Args:
+        model: The model.
+        before: The names so far, also of parameters that have left the model by now.
+    """
+    now = {p: name for name, p in model.named_parameters()}
+    return {p: name.removesuffix(LEFT) + LEFT for p, name in before.items()} | now
+
+
 def units(groups: list[dict[str, Any]], names: dict[Tensor, str], *, layerwise: bool) -> tuple[Groups, dict[str, str]]:
     """The units of choice, and the estimator asked for in each.
 
@@ -82,7 +97,7 @@ def units(groups: list[dict[str, Any]], names: dict[Tensor, str], *, layerwise: 
     found: Groups = {}
     wanted: dict[str, str] = {}
     for i, group in enumerate(groups):
-        trained = tuple(names[p] for p in group["params"] if p.requires_grad)
+        trained = tuple(names[p] for p in group["params"] if p.requires_grad and not names[p].endswith(LEFT))
         name = str(group.get("name", f"group {i}"))
         own = by_layer(trained) if layerwise and i == 0 else {f"{name} ({i})" if name in found else name: trained}
         found.update({unit: listed for unit, listed in own.items() if listed})
