@@ -13,6 +13,7 @@ torch=(-m AdamW -m NAdam -m SGD -m Muon)
 main=("${ours[@]}" "${torch[@]}" -m "Schedule-Free AdamW")
 others=(-m "DiagonalNGD auto" -m SOAP -m Sophia-H -m AdaHessian -m IVON -m SINGD)
 all=("${main[@]}" "${others[@]}")
+diagonal=(-m Sophia-H -m AdaHessian -m IVON)
 core=(-m AdamW -m "Schedule-Free AdamW" -m "FisherAdam schedule-free")
 
 small=(-p digits_mlp -p poisson_regression -p gaussian_regression)
@@ -26,9 +27,13 @@ compare() { # trials, seeds, then methods and problems
 }
 compare 8 5 "${all[@]}" "${small[@]}"
 compare 8 5 "${main[@]}" "${mlps[@]}"
+compare 8 5 "${diagonal[@]}" "${mlps[@]}"
 compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
+compare 4 3 -m NAdam "${diagonal[@]}" -p mnist_cnn
 compare 5 3 "${core[@]}" -m Muon -p char_transformer
+compare 5 3 -m NAdam -m SGD -m Sophia-H -m IVON -p char_transformer
 compare 4 3 "${core[@]}" "${images[@]}"
+compare 4 3 -m NAdam -m SGD -m Sophia-H -m IVON "${images[@]}"
 
 bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
 bench run --track defaults --seeds 5 "${main[@]}" "${mlps[@]}"
@@ -42,7 +47,7 @@ bench run --track defaults --seeds 3 "${all[@]}" -m L-BFGS "${goals[@]}"
 bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
 bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
 bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
-bench run --track sensitivity --seeds 1 -m AdamW -m "FisherAdam schedule-free" -p mnist_cnn -p cifar_resnet8 -p char_transformer
+bench run --track sensitivity --seeds 1 -m AdamW -m "FisherAdam schedule-free" -p mnist_cnn "${images[@]}" -p char_transformer
 bench run --track goals --seeds 3
 
 bench ablate estimator refresh damping scale averaging --seeds 2 -p digits_mlp -p poisson_regression

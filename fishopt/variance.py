@@ -109,7 +109,9 @@ def label_variance(model: nn.Module, inputs: Any, likelihood: Any, *, estimator:
 
     Divide by the number of labels per input for the mean over several (Lemma 3.1, Eq. 5 and 6). Where labels have
     positions an input's variance is that of the sum over these, and like all averages here this one is over the
-    batch's O observations, ``(1/O) sum_n``: over O again, it is the variance of `fisher_diagonal`.
+    batch's O observations, ``(1/O) sum_n``: over O again, it is the variance of `fisher_diagonal`. I2's is that of the
+    exact Hessian diagonal; where this takes more than 256 backward passes `fisher_diagonal` sketches it, which adds to
+    the variance what `select_estimators` takes into account.
 
     Args:
         model: The network.

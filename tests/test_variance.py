@@ -154,3 +154,30 @@ def test_empirical_error_by_definition(case):
     assert_close(found.variance, d.by_name(spread), atol=atol * float(q.max()))
     assert_at_most({k: v.abs() for k, v in found.bias.items()}, found.bias_bound)
     assert_at_most(found.variance, found.variance_bound)
+
+
+class Rare(nn.Module):
+    """Sends its inputs through a smooth branch too, if any of them asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.usual, self.other = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z, is_rare = self.first(x), x[:, :1] < 0
+        out = self.usual(z.relu())
+        return torch.where(is_rare, self.other(z.tanh()), out) if is_rare.any() else out
+
+
+@pytest.mark.parametrize("estimator", ["I1", "I2", "exact"])
+def test_a_branch_that_the_first_inputs_do_not_take(estimator):
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    x[:, 0] = torch.tensor([1, 2, 3, -1, -2, -3])
+    found = []
+    for rows in (x, x.flip(0)):
+        torch.manual_seed(1)
+        model = Rare().double()
+        found.append(fishopt.label_variance(model, rows, "gaussian", estimator=estimator))
+    assert_close(*found)
+    assert estimator != "I2" or found[0]["first.weight"].any()

@@ -47,12 +47,14 @@ class Categorical(Likelihood):
         return None if targets.ndim < 2 and counts.all() else counts
 
     def leaves_out(self, outputs: Tensor) -> bool:
-        # In float16 the gradient at a label that is all but certain is zero as well.
-        return outputs.ndim > 2 or self.ignore_index != -100 or outputs.dtype != torch.float16
+        if outputs.ndim == 2 and self.ignore_index == -100:
+            # In float16 the gradient at a label that is all but certain is zero as well.
+            return outputs.shape[1] > 1 and outputs.dtype != torch.float16
+        return outputs.ndim > 2 or self.ignore_index != -100
 
     def counted_by(self, gradient: Tensor) -> Tensor:
         # At a label that counts some class's gradient is not zero, unless the prediction is certain to the last digit.
-        return torch.linalg.vector_norm(gradient, ord=math.inf, dim=self._axis(gradient)) > 0
+        return torch.linalg.vector_norm(gradient, ord=math.inf, dim=self._axis(gradient)) != 0
 
     def check_gradient(self, gradient: Tensor) -> None:
         # Probabilities sum to one, so over the classes the gradient sums to zero.

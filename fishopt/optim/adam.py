@@ -50,7 +50,9 @@ class FisherAdam(ScheduleFree):
         schedule_free: Average the iterates instead of decaying ``lr`` (Defazio et al., 2024): gradients are taken
             between the last iterate and the average, ``betas[0]`` of the way, without other momentum. The parameters
             hold the average while the model is called in eval mode without gradients, and from there until the next
-            training forward; see `eval` and `train` for other occasions.
+            training forward; see `eval` and `train` for other occasions. Not between a forward and its backward, whose
+            weights that would change: evaluate before or after both. Weights that the model loads are evaluated as
+            they are.
         warmup: With ``schedule_free``, the steps in which the learning rate rises to ``lr``. Such steps are long, and
             the first ones may take a network to where it is slow to come back from.
         estimator: ``"auto"``, ``"I1"``, ``"I2"``, ``"exact"``, ``"hutchinson"`` or ``"empirical"``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishopt.batch import checked_inputs, streams_kept
-from fishopt.checks import checked_model, checked_option
+from fishopt.checks import check_whole, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
@@ -286,6 +286,7 @@ class FisherOptimizer(Resumable, ABC):
         """A new estimate; None if it came out NaN or infinite."""
         groups, wanted = self._units()
         if not groups:
+            check_whole(self._model)
             return Estimate({}, self._moment)
         transaction.on_failure(self._curvature.restorer())
         training = Training(plain_gradient(self, record), self._gradient_of)

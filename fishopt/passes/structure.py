@@ -48,6 +48,9 @@ _JOINS = {"Cat", "Stack", "Where", "Maximum", "Minimum"}
 _WEIGHT_VIEWS = {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 _TRANSPARENT = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"}
 
+LOOKED_AT = 64
+"""Inputs whose graph is read, at most: a branch that a few inputs alone send the batch through is seen if these do."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -118,7 +121,7 @@ def analyse(
 
 
 def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, bool]:
-    """The output for two inputs, or, where a batch size is written into the network, for all; and whether it was so.
+    """The output for some inputs, or, where a batch size is written into the network, for all; and whether it was so.
 
     Raises:
         ValueError: If the network runs on neither.
@@ -128,7 +131,8 @@ def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, b
     for some, needs_all in ((inputs.first(2), False), (inputs, True)):
         try:
             with torch.enable_grad():
-                return run(some), needs_all
+                outputs = run(some)
+                return (outputs if needs_all else run(inputs.first(LOOKED_AT))), needs_all
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - a user's network may raise anything
