@@ -10,7 +10,7 @@ from torch import nn
 
 import fishopt
 from fishopt.optim.estimate import Training
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.passes import Arguments
 from tests.cases import Case
 from tests.optim_setup import _problem, _train, _weights, both
@@ -342,7 +342,7 @@ class Keeping(nn.Module):
 
     def forward(self, x):
         h = torch.tanh(self.first(x))
-        self.kept = {"list": [h], "dict": {"h": h}, "tuple": (h, (h,)), "tensor": h}[self.how]
+        self.kept = self._last = {"list": [h], "dict": {"h": h}, "tuple": (h, (h,)), "tensor": h}[self.how]
         return self.last(h)
 
 

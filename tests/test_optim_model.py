@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 import fishopt
 from fishopt.optim.estimate import Training
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.passes import Arguments
 from tests.optim_setup import _problem, _train, _weights, both
 
@@ -149,16 +149,22 @@ def _parametrized(model):
     nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
 
 
-@both
 @pytest.mark.parametrize("change", [_put_in, _wrapped, _pruned, _parametrized])
-def test_parameters_that_get_another_name(kind, change):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(fishopt.FisherAdam, {}), (fishopt.DiagonalNGD, {}), (fishopt.DiagonalNGD, {"lr": "auto"})],
+)
+def test_parameters_that_get_another_name(kind, options, change):
     ends = []
     for changes in (False, True):
         model, x, y = _problem()
-        optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact")
+        optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", **options)
         _train(model, optimizer, x, y, steps=8)
         if changes:
             change(model)
+            assert {name for names in optimizer.state_dict()["fishopt"]["names"] for name in names} == {
+                name for name, _ in model.named_parameters()
+            }
         _train(model, optimizer, x, y, steps=60, start=8)
         assert optimizer.report().failures == 0
         ends.append(dict(zip(("w", "b", "v", "c"), sorted(model.parameters(), key=lambda p: p.shape), strict=True)))

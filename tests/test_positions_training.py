@@ -7,7 +7,7 @@ from torch import nn
 import fishopt
 from fishopt.optim.amp import plain_gradient
 from fishopt.optim.estimate import Training
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.optim.subbatch import enough
 from fishopt.passes import Arguments
 from tests.asserts import assert_close

@@ -22,9 +22,31 @@ def test_weights_that_are_restored_are_evaluated_as_they_are():
     model.load_state_dict(best)
     assert torch.equal(_evaluate(model), out)
     assert _same(_values(model), best.values())
-    model(X)  # training goes on from beside them
-    for p, x in zip(model.parameters(), best.values(), strict=True):
-        torch.testing.assert_close((p - x).double(), 0.1 * _offset(optimizer.state[p]), atol=1e-6, rtol=1e-4)
+    model(X)  # training goes on from them
+    assert _same(_values(model), best.values())
+    _train(model, optimizer, 1, start=20)
+    y = _values(model)
+    _evaluate(model)  # an average again
+    for p, before in zip(model.parameters(), y, strict=True):
+        torch.testing.assert_close((before - p).double(), 0.1 * _offset(optimizer.state[p]), atol=1e-6, rtol=1e-4)
+
+
+def test_loads_of_nothing_or_of_a_part_leave_the_rest_alone():
+    model, optimizer = _start()
+    _train(model, optimizer, 8)
+    y = _values(model)
+    for some in ({}, {"2.bias": model[2].bias.detach().clone()}, model.state_dict()):
+        model.load_state_dict(some, strict=False)
+        model(X)
+        assert _same(_values(model), y)
+    x = [p - 0.1 * _offset(optimizer.state[p]).float() for p in model.parameters()]
+    _train(model, optimizer, 1, start=8)
+    y = _values(model)
+    model.load_state_dict({"2.bias": torch.zeros(3)}, strict=False)
+    _evaluate(model)
+    assert not model[2].bias.any()
+    assert not torch.equal(model[0].weight, y[0])
+    assert not torch.equal(model[0].weight, x[0])
 
 
 @pytest.mark.parametrize("first", ["model", "optimizer"])
@@ -53,10 +75,15 @@ def test_loads_after_a_resumed_run_has_gone_on():
     assert torch.equal(_evaluate(model), out)
 
 
-def test_a_newer_optimizer_has_the_parameters():
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_newer_optimizer_has_the_parameters(wraps):
     model, older = _start()
-    _train(model, older, 8)
+    wrapped = torch.compile(model, backend="eager") if wraps else model
+    if wraps:
+        _, older = _start(wrapped)
+    _train(wrapped, older, 8)
     _, newer = _start(model)
+    assert older._switch is None
     _train(model, newer, 8)
     out = _evaluate(model)
     alone, first = _start()

@@ -19,7 +19,8 @@ from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.likelihoods.base import COLUMN_LIMIT
 from fishopt.optim.amp import plain_gradient
 from fishopt.optim.checks import whole
-from fishopt.optim.recorder import LossHook, Record, leaving_out
+from fishopt.optim.record import Record, leaving_out
+from fishopt.optim.recorder import LossHook
 from fishopt.passes import Shadow, unwrapped
 
 GRAM_INPUTS = 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 
 
 def has_overflowed(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,7 +15,7 @@ from fishopt.optim.atomic import Transaction
 from fishopt.optim.buckets import Bucket
 from fishopt.optim.checks import number
 from fishopt.optim.objective import Objective
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.optim.replica import Replica
 from fishopt.optim.search import Found, Memory, Point, flat, search, split
 from fishopt.optim.world import group_of

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fishopt.optim.calls import LossCall
 
-NEAR = 128
-"""Nodes of the autograd graph, from the loss down, among which the outputs that it is of are looked for."""
+NEAR = 64
+"""Outputs of autograd nodes, from the loss down, among which the model's outputs that it is of are looked for."""
 
 
 @dataclass
@@ -34,43 +35,50 @@ class Arrival:
     factor: Tensor | None = None
     calls: list[LossCall] = field(default_factory=list)
 
+    def add_factor(self, factor: Tensor) -> None:
+        """Counts in a loss."""
+        self.factor = factor if self.factor is None else self.factor + factor
+
 
 class Backward:
     """A backward that is under way.
 
-    It trains if it leaves something in a parameter's ``grad``. Those for a penalty, for inputs that mislead the
-    network, or for a picture of what it looks at, go through the same output and do not.
+    Those for a penalty, for inputs that mislead the network, or for a picture of what it looks at, go through the same
+    output as the one that trains.
 
     Attributes:
         arrivals: What has come to outputs so far, in this order.
+        trains: Whether it adds to the gradient of a parameter.
+        found_none: Whether no parameter had a gradient before.
+        is_announced: Whether `at_end` will be called.
 
     Args:
-        parameters: Whose gradients tell; if there are none, any backward trains.
-        at_end: Is called when it is through.
+        parameters: What is trained; if there are none, any backward trains.
+        at_end: Is called when it is through, where that can be had.
     """
 
     def __init__(self, parameters: Sequence[Tensor], at_end: Callable[[], None]) -> None:
+        # In a compiled backward there is no telling, as gradients are none yet while it is traced.
+        self.is_announced = not torch.compiler.is_compiling()
+        parameters = parameters if self.is_announced else ()
+        self.arrivals: list[Arrival] = []
         self._parameters = parameters
         self._before = [_mark(p) for p in parameters]
-        self._arrivals: dict[int, Arrival] = {}
-        self.arrivals: list[Arrival] = []
-        # As DistributedDataParallel has itself told.
-        torch.autograd.Variable._execution_engine.queue_callback(at_end)
+        self.found_none = all(grad is None for grad, _ in self._before)
+        self.trains = not parameters or any(p.requires_grad and _is_reached(p) for p in parameters)
+        self._by_record: dict[int, Arrival] = {}
+        if self.is_announced:  # as DistributedDataParallel has itself told
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)
 
     @property
-    def found_no_gradients(self) -> bool:
-        """Whether no parameter had a gradient before, so that no earlier backward is part of what they have now."""
-        return bool(self._before) and all(grad is None for grad, _ in self._before)
-
-    @property
-    def trains(self) -> bool:
-        """Whether some parameter's gradient is another than before."""
+    def has_left_gradients(self) -> bool:
+        """Whether some parameter has another gradient than before, by now."""
         pairs = zip(self._parameters, self._before, strict=True)
-        return not self._before or any(_differs(p, mark) for p, mark in pairs)
+        return any(p.grad is not None and _mark(p) != mark for p, mark in pairs)
 
     def to(self, record: Any) -> Arrival:
         """What is on its way to the output of a forward."""
-        return self._arrivals.setdefault(id(record), Arrival(record))
+        return self._by_record.setdefault(id(record), Arrival(record))
 
 
 def current() -> int:
@@ -78,42 +86,46 @@ def current() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def _mark(p: Tensor) -> tuple[Tensor | None, int]:
+def _is_reached(p: Tensor) -> bool:
+    """Whether the backward under way accumulates into ``p.grad``, of which `torch.autograd.grad` does nothing."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(p).node))
+    except RuntimeError:  # it says that this is `torch.autograd.grad`
+        return False
+
+
+def _mark(p: Tensor) -> tuple[int | None, int]:
     grad = p.grad
-    return grad, 0 if grad is None else grad._version
-
-
-def _differs(p: Tensor, mark: tuple[Tensor | None, int]) -> bool:
-    grad, version = _mark(p)
-    return grad is not mark[0] or version != mark[1]
+    return (None, 0) if grad is None else (id(grad), grad._version)
 
 
 def sign(output: Tensor, key: str, value: Any) -> None:
     """Leaves a value in the autograd graph at an output, for as long as the graph is there."""
     if output.grad_fn is not None:
-        _notes(output.grad_fn)[key] = value
-
-
-def _notes(node: Any) -> dict[str, Any]:
-    notes: dict[str, Any] = node.metadata
-    return notes
+        _notes(output.grad_fn).setdefault(key, {})[output.output_nr] = value
 
 
 def signed(loss: Tensor, key: str) -> list[Any]:
     """The values left at the outputs that a loss was computed from: the nearest ones, not what these came from."""
     found: list[Any] = []
-    waiting, seen = deque([loss.grad_fn]), set[Any]()
+    waiting, seen = deque([(loss.grad_fn, loss.output_nr)]), set[Any]()
     while waiting and len(seen) < NEAR:
-        node = waiting.popleft()
-        if node is None or node in seen:
+        edge = waiting.popleft()
+        node, number = edge
+        if node is None or edge in seen:
             continue
-        seen.add(node)
-        notes = _notes(node)
-        if key in notes:
-            found.append(notes[key])
+        seen.add(edge)
+        values = _notes(node).get(key, {})
+        if number in values:
+            found.append(values[number])
         else:
-            waiting.extend(nearer for nearer, _ in node.next_functions)
+            waiting.extend(node.next_functions)
     return found
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    notes: dict[str, Any] = node.metadata
+    return notes
 
 
 def is_of_one_input(x: Tensor) -> bool:

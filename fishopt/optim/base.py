@@ -27,7 +27,8 @@ from fishopt.optim.gradients import Skipped, not_finite, refuse_sparse
 from fishopt.optim.noise import training_likelihood
 from fishopt.optim.pace import interval
 from fishopt.optim.portable import is_trial, make_room
-from fishopt.optim.recorder import Record, Recorder
+from fishopt.optim.record import Record
+from fishopt.optim.recorder import Recorder
 from fishopt.optim.resuming import Resumable
 from fishopt.optim.subbatch import INPUTS
 from fishopt.optim.units import Params, known_as, members, parameter_groups, units
@@ -78,8 +79,7 @@ class FisherOptimizer(Resumable, ABC):
             generator=source,
         )
         self._refresh_every = refresh_every
-        self._steps = 0
-        self._is_fresh = False
+        self._steps, self._is_fresh = 0, False
         self._holds = TRAINED
         self._skipped = Skipped()
         self._plan: Plan | None = None
@@ -87,7 +87,7 @@ class FisherOptimizer(Resumable, ABC):
         self._seconds = 0.0
         self._started: float | None = None
         self._recorder = Recorder(family, self._readout, keep=refresh_inputs or INPUTS, active=True)
-        self._instruct_recorder()
+        self._follow_model()
         self._hook_on(model, likelihood if isinstance(likelihood, nn.Module) else None)
 
     # --- what an update rule defines ---
@@ -224,7 +224,7 @@ class FisherOptimizer(Resumable, ABC):
         super().add_param_group(group)
         self._plan = None
         if hasattr(self, "_recorder"):
-            self._instruct_recorder()
+            self._follow_model()
 
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
@@ -343,7 +343,7 @@ class FisherOptimizer(Resumable, ABC):
     # --- groups ---
 
     def _units(self) -> tuple[Groups, dict[str, str]]:
-        self._name_of = known_as(self._model, self._name_of)
+        self._follow_model()
         return units(self.param_groups, self._name_of, layerwise=self._layerwise)
 
     def _wants_gradient(self) -> bool:

@@ -21,7 +21,7 @@ from fishopt.likelihoods import Likelihood
 from fishopt.optim.estimate import Estimate, Moment, Part, Totals, Training
 from fishopt.optim.failures import Attempt, Failures
 from fishopt.optim.noise import Noise, squares
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.optim.subbatch import SubBatch
 from fishopt.optim.world import World, group_of
 from fishopt.passes import WAYS, Coverage, Diagonal, Shadow, unwrapped

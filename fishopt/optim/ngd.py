@@ -175,6 +175,7 @@ class DiagonalNGD(FisherOptimizer):
             transaction.on_failure(self._restorer())
             self._take(estimate, trained=True)
         if buckets := self._planned(members).buckets:
+            self._follow_model()
             with streams_kept(self._model):
                 self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
         return None

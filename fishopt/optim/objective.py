@@ -11,7 +11,7 @@ from torch import Tensor
 from fishopt.batch import apart
 from fishopt.likelihoods import Likelihood
 from fishopt.optim.quadratic import inner
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.optim.replica import Replica
 from fishopt.passes import Direction
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fishopt.likelihoods import Likelihood
 from fishopt.optim.backwards import Arrival, Backward, current, is_of_one_input, sign, signed
 from fishopt.optim.calls import LossCall, Tag
+from fishopt.optim.record import Record, joined
 from fishopt.optim.world import group_of
 from fishopt.passes import Arguments
 
@@ -23,107 +23,11 @@ MAX_KEPT = 2**24
 """Numbers in the inputs that are kept of one step, beyond its last micro-batch."""
 
 
-@dataclass
-class Record:
-    """What one or several forwards were trained on.
-
-    Attributes:
-        inputs: The arguments.
-        count: Inputs trained on; more than are in ``inputs`` if earlier micro-batches were dropped.
-        recent: How many of these the last forward took.
-        parts: Forwards.
-        gradient: The gradient at the output, divided by what the loss was multiplied by, if it was asked for.
-        counted: Which labels count, a row for each input, where some may not.
-        factor: What the loss was multiplied by, None if the loss module does not tell.
-        group: The processes that share this batch's gradient, None if there is one.
-        calls: The loss module's calls on the output that there was a backward through, if they were asked for.
-    """
-
-    inputs: Arguments
-    count: int = 0
-    recent: int = 0
-    parts: int = 1
-    gradient: Tensor | None = None
-    counted: Tensor | None = None
-    factor: Tensor | None = None
-    group: Any = None
-    calls: list[LossCall] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.count = self.count or self.inputs.count
-        self.recent = self.recent or self.inputs.count
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "group": self.group is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # The default group, as DistributedDataParallel has it, which is copied and pickled in no other.
-        vars(self).update(state, group=dist.group.WORLD if state["group"] and dist.is_initialized() else None)
-
-    @property
-    def mask(self) -> Tensor | None:
-        """Which labels count, if some do not. To be asked at a refresh alone: on a GPU the answer is waited for."""
-        return leaving_out(self.counted)
-
-    def loss(self, outputs: Tensor) -> Tensor:
-        """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
-        return torch.stack([call.value(outputs) for call in self.calls]).sum()
-
-    def take(self, arrival: Arrival, *, is_first: bool) -> None:
-        """Adds what a backward brought, the first one or a further one."""
-        mine, other = self.factor, arrival.factor
-        self.factor = other if is_first else None if mine is None or other is None else mine + other
-        if arrival.gradient is not None:
-            self.gradient = arrival.gradient if self.gradient is None else self.gradient + arrival.gradient
-        self.counted = arrival.counted
-        self.calls.extend(arrival.calls)
-
-    def is_of(self, inputs: Arguments) -> bool:
-        """Whether these are its inputs."""
-        mine, others = self.inputs.leaves, inputs.leaves
-        return len(mine) == len(others) and all(
-            a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-            for a, b in zip(mine, others, strict=True)
-        )
-
-
-def leaving_out(counted: Tensor | None) -> Tensor | None:
-    """Which labels count; None where each input has one and all do."""
-    return None if counted is None or (counted.ndim < 2 and bool(counted.all())) else counted
-
-
-def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Record:
-    """Several micro-batches as one.
-
-    Args:
-        records: In order; of those that are not like the last, whose rows cannot follow it, only the number counts.
-        dropped: Inputs of earlier ones.
-        parts: How many earlier ones.
-    """
-    last = records[-1]
-    if len(records) == 1 and not parts:
-        return last
-    alike = [one for one in records if one.inputs.is_like(last.inputs) and _kinds(one) == _kinds(last)]
-    total = dropped + sum(one.count for one in records)
-    factors = [one.factor for one in records if one.factor is not None]
-    return Record(
-        Arguments.joined([one.inputs for one in alike]),
-        count=total,
-        recent=last.recent,
-        parts=parts + len(records),
-        gradient=_cat([one.gradient for one in alike]),
-        counted=_cat([one.counted for one in alike]),
-        factor=torch.stack(factors).mean() if len(factors) == len(records) else None,
-        group=next((one.group for one in reversed(records) if one.group is not None), None),
-    )
-
-
 class Recorder:
     """A forward hook that keeps what was trained on since the last step.
 
     A forward that no backward follows, as in evaluation, counts only until there is one that has been trained on. So
-    does one with a backward that leaves no gradient in any parameter: where users put gradients there by themselves,
-    there is no other.
+    does the last one with a backward that leaves the parameters' gradients alone, unless the user then puts some there.
     Copied or pickled along with its model it becomes inert: a copy of the model is not being trained by the optimizer.
     An optimizer that is copied along with them wakes the copy up.
 
@@ -157,8 +61,10 @@ class Recorder:
         self.parameters: list[Tensor] = []
         self._records: list[Record] = []
         self._dropped = self._parts = 0
-        self._idle: list[Arrival] = []
+        self._idle: Backward | None = None
         self._under_way: dict[int, Backward] = {}
+        self._left_gradients, self._is_by_hand = False, True
+        self._unseen: Tensor | None = None
         self._before: Record | None = None
         self._untrained: Record | None = None
         self._is_checked = False
@@ -170,10 +76,10 @@ class Recorder:
     @property
     def records(self) -> list[Record]:
         """What has been trained on since the last step, each forward by itself, in order."""
-        self._end(current())  # a step from within its backward
-        if self._records:
+        self._settle()
+        if self._records or self._idle is None:
             return list(self._records)
-        return list(map(_taken, self._idle))
+        return list(map(_taken, self._idle.arrivals))
 
     @property
     def last(self) -> Record | None:
@@ -183,15 +89,15 @@ class Recorder:
 
     def start_anew(self) -> None:
         """After a step, or when gradients are set to zero."""
-        if self.records:
-            self._before = self.last
+        if self._records:
+            self._before = joined(self._records, self._dropped, self._parts)
         for record in self._records:
             record.calls.clear()
         self._forget()
-        self._under_way = {}
+        self._under_way, self._unseen, self._left_gradients = {}, None, False
 
     def _forget(self) -> None:
-        self._records, self._idle = [], []
+        self._records, self._idle, self._is_by_hand = [], None, True
         self._dropped = self._parts = 0
 
     def is_unscaled(self) -> bool:
@@ -207,35 +113,37 @@ class Recorder:
         trained = [x for x in tree_leaves(self._natural(output)) if isinstance(x, Tensor) and x.requires_grad]
         if not trained or is_of_one_input(trained[0]):
             return
-        record = Record(Arguments(args, kwargs), group=group_of(module))
+        record = Record(Arguments(args, kwargs), group=group_of(module), is_within=current() >= 0)
         self._untrained = record
         sign(trained[0], self._key, record)
         if self.wants_loss:
             Tag.put(trained[0], self._key, record)
-        trained[0].register_hook(partial(self._at_output, record))
+        trained[0].register_hook(partial(self._reach_output, record))
 
     def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if not (self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0):
             return
         records = signed(output, self._key)
-        if records:
-            tag = Tag.of(args[0], self._key) if args else None
-            call = tag.call(module, args) if tag is not None and tag.record is records[0] else None
-            output.register_hook(partial(self._at_loss, records, call))
+        tag = Tag.of(args[0], self._key) if args else None
+        call = tag.call(module, args) if tag is not None and len(records) == 1 and records[0] is tag.record else None
+        output.register_hook(partial(self._reach_loss, records, call))
 
-    def _at_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
+    def _reach_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
+        if not records:
+            self._unseen = gradient.detach()
         whole = sum(record.count or 1 for record in records)
         for record in records:
             arrival = self._now().to(record)
-            factor = gradient.detach() * ((record.count or 1) / whole)
-            arrival.factor = factor if arrival.factor is None else arrival.factor + factor
+            arrival.add_factor(gradient.detach() * ((record.count or 1) / whole))
             if call is not None:
                 arrival.calls.append(replace(call, factor=gradient.detach()))
 
-    def _at_output(self, record: Record, gradient: Tensor) -> None:
+    def _reach_output(self, record: Record, gradient: Tensor) -> None:
         backward = self._now()
         arrival = backward.to(record)
+        if record.is_within and arrival.factor is None:
+            arrival.factor = self._unseen
         if self.likelihood is not None and self.likelihood.leaves_out(gradient):
             if not self._is_checked:
                 self.likelihood.check_gradient(gradient)
@@ -248,21 +156,33 @@ class Recorder:
     def _now(self) -> Backward:
         """The backward that this is called from within."""
         task = current()
-        if task not in self._under_way:
-            self._under_way[task] = Backward(self.parameters, at_end=partial(self._end, task))
-        return self._under_way[task]
+        backward = self._under_way.get(task)
+        if backward is None:
+            self._settle(but=[one for one, other in self._under_way.items() if other.is_announced])
+            backward = self._under_way[task] = Backward(self.parameters, at_end=partial(self._end, task))
+        return backward
+
+    def _settle(self, but: Sequence[int] = ()) -> None:
+        """Takes in what backwards have brought: a step may come from within one."""
+        for task in [one for one in self._under_way if one not in but]:
+            self._end(task)
+        if self._idle is not None and self._is_by_hand and self._idle.has_left_gradients:
+            self._take(self._idle)  # the user has put them there
 
     def _end(self, task: int) -> None:
-        """Takes in what a backward has brought."""
         backward = self._under_way.pop(task, None)
         if backward is None or not backward.arrivals:
             return
-        if not backward.trains:
-            self._idle = backward.arrivals
-            return
-        if backward.found_no_gradients:
-            self._forget()  # by the model's own zero_grad, or whatever set gradients to None
-        self._idle = []
+        if backward.trains:
+            self._take(backward)
+        else:
+            self._idle = backward
+
+    def _take(self, backward: Backward) -> None:
+        if backward.found_none and self._left_gradients:
+            self._forget()  # by the model's own zero_grad, or whatever else set them to None in between
+        self._left_gradients, self._idle = backward.has_left_gradients, None
+        self._is_by_hand = not backward.trains
         for arrival in backward.arrivals:
             is_first = not any(one is arrival.record for one in self._records)
             arrival.record.take(arrival, is_first=is_first)
@@ -314,15 +234,3 @@ def _taken(arrival: Arrival) -> Record:
     record: Record = replace(arrival.record, gradient=None, calls=[])
     record.take(arrival, is_first=True)
     return record
-
-
-def _kinds(record: Record) -> list[Any]:
-    tensors = (record.gradient, record.counted)
-    return [None if x is None else (x.shape[1:], x.dtype) for x in tensors]
-
-
-def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [x for x in tensors if x is not None]
-    if len(present) < len(tensors) or not present:
-        return None
-    return present[0] if len(present) == 1 else torch.cat(present)

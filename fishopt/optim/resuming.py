@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fishopt.optim import checkpoint
 from fishopt.optim.atomic import Transaction
@@ -15,11 +15,13 @@ from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Moment
 from fishopt.optim.gradients import Skipped
 from fishopt.optim.portable import from_copy, with_copy
+from fishopt.optim.units import known_as
 
 
 class Resumable(Copyable):
     """An optimizer with the attributes that are saved; a resumed run continues bit for bit."""
 
+    _model: nn.Module
     _name_of: dict[Tensor, str]
     _curvature: Curvature
     _steps: int
@@ -39,12 +41,15 @@ class Resumable(Copyable):
     def _wants_gradient(self) -> bool:
         """Whether the loss's gradient at the model's output is needed."""
 
-    def _instruct_recorder(self) -> None:
-        self._recorder.wants_gradient = self._wants_gradient()
+    def _follow_model(self) -> None:
+        """Parameters go by the names that they have now, and what they are is recorded for."""
+        self._name_of = known_as(self._model, self._name_of)
         self._recorder.parameters = [p for group in self.param_groups for p in group["params"]]
+        self._recorder.wants_gradient = self._wants_gradient()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
+        self._follow_model()
         state = super().state_dict()
         state["fishopt"] = {
             "version": checkpoint.VERSION,
@@ -66,6 +71,7 @@ class Resumable(Copyable):
             ValueError: If it is another kind of optimizer's, another model's, or a newer fishopt's, or is damaged.
             TypeError: If it is no dict.
         """
+        self._follow_model()
         before = dict(vars(self))
         with checkpoint.refuse_damaged(state_dict), Transaction() as transaction:
             state_dict = from_copy(state_dict)
@@ -85,5 +91,5 @@ class Resumable(Copyable):
             self._moment = Moment(*own["moment"])
             self._seconds, self._started = own["seconds"], None
             self._curvature.load_state_dict(own["curvature"])
-            self._instruct_recorder()
+            self._follow_model()
             transaction.commit()

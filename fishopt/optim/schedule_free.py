@@ -22,19 +22,24 @@ from fishopt.optim.estimate import Estimate
 
 State = dict[str, Any]
 
+OWN = ("_wrapped", "_switch", "_switch_handles", "_awaits_weights", "_loaded", "_versions")
+"""Attributes that go along into a copy."""
+
 
 class ScheduleFree(FisherOptimizer):
     """An optimizer whose groups may have the option ``"schedule_free"``.
 
     Their parameters hold y in training. While the model is evaluated, which a hook on it sees, they hold the average x,
-    and y is kept in the state beside it: evaluation leaves training as it is, bit for bit. Weights that the model loads
-    are an average, too: they are evaluated as they are.
+    and y is kept in the state beside it: evaluation leaves training as it is, bit for bit. Weights that the model has
+    loaded since the last step are both.
     """
 
     _wrapped: nn.Module
     _switch: Switch | None
     _switch_handles: list[RemovableHandle]
     _awaits_weights: bool
+    _loaded: set[Tensor]
+    _versions: dict[Tensor, int]
 
     def eval(self) -> None:
         """Puts the averages into the parameters of groups with ``schedule_free``.
@@ -60,7 +65,7 @@ class ScheduleFree(FisherOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Resumable.load_state_dict`; the model's parameters have to be of the same moment."""
         super().load_state_dict(state_dict)
-        self._awaits_weights = True
+        self._awaits_weights, self._loaded = True, set()
         self._watch()
 
     def follow_call(self) -> None:
@@ -80,14 +85,18 @@ class ScheduleFree(FisherOptimizer):
             self._refuse_traced()
             self.train()
 
-    def follow_load(self) -> None:
-        """After the model has loaded weights: what is trained goes on from as far off them as it was off the average.
+    def before_load(self) -> None:
+        """Before the model loads weights: tells what it loads by what changes."""
+        self._versions = {p: p._version for p in self._parameters}
 
-        Those that belong to the state that was loaded just before are of the kind that it says.
+    def after_load(self) -> None:
+        """Until the next step these weights are evaluated as they are: what was trained before is not beside them.
+
+        But those that belong to the optimizer's state that was loaded just before are of the kind that it says.
         """
         if self._holds == TRAINED and not self._awaits_weights:
-            self._holds = AVERAGE
-        self._awaits_weights = False
+            self._loaded |= {p for p, version in self._versions.items() if p._version != version}
+        self._versions, self._awaits_weights = {}, False
 
     def _refuse_traced(self) -> None:
         """Raises where a switch would become a part of what is exported.
@@ -118,6 +127,7 @@ class ScheduleFree(FisherOptimizer):
                     f"param_groups[{i}]['schedule_free']={group['schedule_free']!r} was changed after its first step; "
                     "build another optimizer for that, with the model as it is"
                 )
+        self._loaded = set()
         return super()._prepared(estimate, members, closure, loss, transaction)
 
     def _make_room(self) -> None:
@@ -130,21 +140,23 @@ class ScheduleFree(FisherOptimizer):
     def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
         super()._hook_on(model, loss)
         self._wrapped, self._switch, self._switch_handles = model, None, []
-        self._awaits_weights = False
+        self._awaits_weights, self._loaded, self._versions = False, set(), {}
         self._watch()
 
     def _watch(self) -> None:
         """Puts the switch on the model, once there is need of one."""
         if self._switch is not None or not any(group["schedule_free"] for group in self.param_groups):
             return
-        for hook in list(self._wrapped._forward_pre_hooks.values()):
-            older = hook.optimizer if isinstance(hook, Switch) else None
+        for hook in [*self._wrapped._forward_pre_hooks.values(), *self._model._forward_pre_hooks.values()]:
+            switch = getattr(hook, "__self__", hook)
+            older = switch.optimizer if isinstance(switch, Switch) else None
             if older is not None and not self._parameters.isdisjoint(older._parameters):
                 older._leave()
         self._switch = Switch(self)
         self._switch_handles.append(self._wrapped.register_forward_pre_hook(self._switch))
         if self._model is not self._wrapped:  # it may be called without its wrapper
             self._switch_handles.append(self._model.register_forward_pre_hook(self._switch.within))
+        self._switch_handles.append(self._model.register_load_state_dict_pre_hook(self._switch.loads))
         self._switch_handles.append(self._model.register_load_state_dict_post_hook(self._switch.loaded))
         self._let_go_with_self()
 
@@ -168,7 +180,7 @@ class ScheduleFree(FisherOptimizer):
         """The parameters whose average is another, their state, and what y is off it by, in units of ``"exp_avg"``."""
         for group in self.param_groups:
             for p in group["params"] if group["schedule_free"] else ():
-                if p in self.state and self.state[p].get("step"):
+                if p in self.state and self.state[p].get("step") and p not in self._loaded:
                     follow(p, self.state[p])
                     yield p, self.state[p], (group["betas"][0] - 1) / self.state[p].get("stretch", UNSTRETCHED)
 
@@ -191,7 +203,7 @@ class ScheduleFree(FisherOptimizer):
             self._holds = TRAINED
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in ("_wrapped", "_switch", "_switch_handles", "_awaits_weights")}
+        own = {name: vars(self)[name] for name in OWN}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -244,10 +256,15 @@ class Switch:
         if not torch.compiler.is_compiling():
             self(module, args)
 
-    def loaded(self, module: nn.Module, _: Any) -> None:
-        """Tells that the model has loaded weights."""
+    def loads(self, *_: Any) -> None:
+        """Tells that the model is about to load weights."""
         if (optimizer := self.optimizer) is not None:
-            optimizer.follow_load()
+            optimizer.before_load()
+
+    def loaded(self, *_: Any) -> None:
+        """Tells that it has."""
+        if (optimizer := self.optimizer) is not None:
+            optimizer.after_load()
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishopt.batch import Batch, NonFiniteError, in_full_precision
 from fishopt.likelihoods import Likelihood
-from fishopt.optim.recorder import Record
+from fishopt.optim.record import Record
 from fishopt.passes import Arguments, Shadow
 
 INPUTS, FEWEST, LABELS = 16, 4, 256

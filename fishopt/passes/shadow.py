@@ -191,7 +191,8 @@ def _shadow_of(model: nn.Module) -> nn.Module:
 
 def _kept(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that a module keeps as plain attributes, or in lists and dicts there: activations, mostly."""
-    plain = [value for name, value in vars(module).items() if not name.startswith("_")]
+    own = {"_parameters", "_buffers", "_modules"}
+    plain = [value for name, value in vars(module).items() if name not in own and "_hooks" not in name]
     return (x for x in tree_leaves(plain) if isinstance(x, Tensor))
 
 

@@ -132,13 +132,21 @@ def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, b
         try:
             with torch.enable_grad():
                 outputs = run(some)
-                return (outputs if needs_all else run(inputs.first(LOOKED_AT))), needs_all
+                return (outputs if needs_all else _of_more(run, inputs, outputs)), needs_all
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - a user's network may raise anything
             failure = error
     shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs.leaves if isinstance(x, Tensor))
     raise ValueError(f"model could not be run on (some of the) inputs, {shapes}: {failure}") from failure
+
+
+def _of_more(run: Callable[[Arguments], Any], inputs: Arguments, outputs: Any) -> Any:
+    """The output for more inputs than two; what is known of two, where there is not the memory or anything fails."""
+    try:
+        return run(inputs.first(LOOKED_AT))
+    except Exception:  # noqa: BLE001 - a user's network may raise anything
+        return outputs
 
 
 def _check_outputs(outputs: Any) -> None:

@@ -81,12 +81,18 @@ class Widening(TorchFunctionMode):
     """All is in full precision, whatever autocast a user, or the network itself, has switched on.
 
     And what it does without gradients has none in forward mode either.
+
+    Attributes:
+        level: Of the transforms of torch.func around the network, None if there are none.
     """
+
+    level: int | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not torch.is_grad_enabled():  # the network's own doing, which forward mode does not heed
+        # The network's own doing, which our forward mode does not heed; one of the network's own has another level.
+        if not torch.is_grad_enabled() and self.level == torch._C._functorch.maybe_current_level():
             with _set_fwd_grad_enabled(False):
                 return self._widened(func, args, kwargs or {})
         return self._widened(func, args, kwargs or {})
@@ -117,6 +123,7 @@ class Substituting(Widening):
 def under(mode: Widening, function: Callable[[], Any]) -> Any:
     """The function's value while the mode watches; Ctrl-C just when ``with`` is through would leave it on for good."""
     depth = torch._C._len_torch_function_stack()
+    mode.level = torch._C._functorch.maybe_current_level()
     try:
         with mode:
             return function()
