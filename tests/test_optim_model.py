@@ -158,14 +158,15 @@ def test_parameters_that_get_another_name(kind, options, change):
     ends = []
     for changes in (False, True):
         model, x, y = _problem()
-        optimizer = kind(model, nn.CrossEntropyLoss(), estimator="exact", **options)
-        _train(model, optimizer, x, y, steps=8)
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = kind(model, loss_fn, estimator="exact", **options)
+        _train(model, optimizer, x, y, steps=8, loss_fn=loss_fn)
         if changes:
             change(model)
             assert {name for names in optimizer.state_dict()["fishopt"]["names"] for name in names} == {
                 name for name, _ in model.named_parameters()
             }
-        _train(model, optimizer, x, y, steps=60, start=8)
+        _train(model, optimizer, x, y, steps=60, start=8, loss_fn=loss_fn)
         assert optimizer.report().failures == 0
         ends.append(dict(zip(("w", "b", "v", "c"), sorted(model.parameters(), key=lambda p: p.shape), strict=True)))
     for name, p in ends[0].items():
