@@ -54,9 +54,7 @@ class Categorical(Likelihood):
 
     def counted_by(self, gradient: Tensor) -> Tensor:
         # At a label that counts some class's gradient is not zero, unless the prediction is certain to the last digit.
-        counts = torch.linalg.vector_norm(gradient, ord=math.inf, dim=self._axis(gradient)) != 0
-        # If nothing does, all predictions are certain: some label counted, or there would have been no loss.
-        return counts | ~counts.any() if self.ignore_index == -100 and gradient.ndim == 2 else counts
+        return gradient.any(self._axis(gradient))
 
     def check_gradient(self, gradient: Tensor) -> None:
         # Probabilities sum to one, so over the classes the gradient sums to zero.

@@ -63,16 +63,21 @@ class Backward:
         parameters = parameters if self.is_announced else ()
         self.arrivals: list[Arrival] = []
         self._parameters = parameters
-        self._before = [_mark(p) for p in parameters]
-        self.found_none = all(grad is None for grad, _ in self._before)
+        self.found_none = not self.leaves_some
         self.trains = not parameters or any(p.requires_grad and _is_reached(p) for p in parameters)
+        self._before = [] if self.trains else [_mark(p) for p in parameters]
         self._by_record: dict[int, Arrival] = {}
         if self.is_announced:  # as DistributedDataParallel has itself told
             torch.autograd.Variable._execution_engine.queue_callback(at_end)
 
     @property
-    def has_left_gradients(self) -> bool:
-        """Whether some parameter has another gradient than before, by now."""
+    def leaves_some(self) -> bool:
+        """Whether some parameter has a gradient by now."""
+        return any(p.grad is not None for p in self._parameters)
+
+    @property
+    def is_followed(self) -> bool:
+        """Where it does not train: whether the user has put another gradient into a parameter since it began."""
         pairs = zip(self._parameters, self._before, strict=True)
         return any(p.grad is not None and _mark(p) != mark for p, mark in pairs)
 

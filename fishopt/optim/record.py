@@ -84,8 +84,9 @@ class Record:
 
 
 def leaving_out(counted: Tensor | None) -> Tensor | None:
-    """Which labels count; None where each input has one and all do."""
-    return None if counted is None or (counted.ndim < 2 and bool(counted.all())) else counted
+    """Which labels count; None where each input has one and all do, or none: predictions are all certain then."""
+    is_of_no_use = counted is None or (counted.ndim < 2 and bool(counted.all() | ~counted.any()))
+    return None if is_of_no_use else counted
 
 
 def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Record:

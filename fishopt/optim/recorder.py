@@ -130,14 +130,15 @@ class Recorder:
         output.register_hook(partial(self._reach_loss, records, call))
 
     def _reach_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
+        factor = gradient.detach()
         if not records:
-            self._unseen = gradient.detach()
+            self._unseen = factor
         whole = sum(record.count or 1 for record in records)
         for record in records:
             arrival = self._now().to(record)
-            arrival.add_factor(gradient.detach() * ((record.count or 1) / whole))
+            arrival.add_factor(factor * ((record.count or 1) / whole) if len(records) > 1 else factor)
             if call is not None:
-                arrival.calls.append(replace(call, factor=gradient.detach()))
+                arrival.calls.append(replace(call, factor=factor))
 
     def _reach_output(self, record: Record, gradient: Tensor) -> None:
         backward = self._now()
@@ -166,8 +167,8 @@ class Recorder:
         """Takes in what backwards have brought: a step may come from within one."""
         for task in [one for one in self._under_way if one not in but]:
             self._end(task)
-        if self._idle is not None and self._is_by_hand and self._idle.has_left_gradients:
-            self._take(self._idle)  # the user has put them there
+        if self._idle is not None and self._is_by_hand and self._idle.is_followed:
+            self._take(self._idle)
 
     def _end(self, task: int) -> None:
         backward = self._under_way.pop(task, None)
@@ -181,7 +182,7 @@ class Recorder:
     def _take(self, backward: Backward) -> None:
         if backward.found_none and self._left_gradients:
             self._forget()  # by the model's own zero_grad, or whatever else set them to None in between
-        self._left_gradients, self._idle = backward.has_left_gradients, None
+        self._left_gradients, self._idle = backward.leaves_some, None
         self._is_by_hand = not backward.trains
         for arrival in backward.arrivals:
             is_first = not any(one is arrival.record for one in self._records)
