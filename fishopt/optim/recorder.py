@@ -132,7 +132,7 @@ class Recorder:
     def _reach_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
         factor = gradient.detach()
         if not records:
-            self._unseen = factor
+            self._unseen = factor  # of outputs made within the backward, it may turn out
         whole = sum(record.count or 1 for record in records)
         for record in records:
             arrival = self._now().to(record)
