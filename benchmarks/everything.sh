@@ -27,9 +27,8 @@ compare() { # trials, seeds, then methods and problems
 }
 compare 8 5 "${all[@]}" "${small[@]}"
 compare 8 5 "${main[@]}" "${mlps[@]}"
-compare 8 5 "${diagonal[@]}" "${mlps[@]}"
+compare 8 5 "${diagonal[@]}" -p mnist_relu_large -p mnist_sigmoid_large -p mnist_autoencoder
 compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
-compare 4 3 -m NAdam "${diagonal[@]}" -p mnist_cnn
 compare 5 3 "${core[@]}" -m Muon -p char_transformer
 compare 5 3 -m NAdam -m SGD -m Sophia-H -m IVON -p char_transformer
 compare 4 3 "${core[@]}" "${images[@]}"
