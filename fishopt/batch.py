@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -35,18 +34,6 @@ def apart() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 left.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-@contextmanager
-def streams_kept(model: nn.Module) -> Iterator[None]:
-    """The user's random numbers go on as if nothing was drawn: a network may draw in eval mode too, as a VAE does."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    own = random.getstate()
-    with torch.random.fork_rng(sorted(devices, key=str)):
-        try:
-            yield
-        finally:
-            random.setstate(own)
 
 
 class NonFiniteError(ValueError):

@@ -168,12 +168,12 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
     names = tuple(dict.fromkeys(name for part in plan.values() for name in part))
     total: Diagonal = {}
     for through, likelihood, h, rows in batch.chunks(names):
-        some, count = draw.rows(rows), batch.observations
+        some, count, coverage = draw.rows(rows), batch.observations, batch.coverage
         for rule, part in plan.items():
             # The mean is taken at the output, where there are fewer numbers than in the parameters.
             squared, hessian = rule(likelihood, h, some)
             if squared is not None:
-                pooled = tuple(name for name in part if batch.coverage.is_pooled(name))
+                pooled = tuple(name for name in part if coverage.is_pooled(name))
                 rest = tuple(name for name in part if name not in pooled)
                 # Where inputs are squared together their columns have to be independent, which eigenvectors are not.
                 for columns, own in ((fewest_columns(squared), rest), (squared, pooled)):

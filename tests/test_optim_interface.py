@@ -2,7 +2,6 @@
 
 import io
 import math
-import random
 
 import pytest
 import torch
@@ -303,58 +302,5 @@ def test_runs_are_reproducible_and_leave_the_global_generator_alone(kind):
         before = torch.random.get_rng_state()
         _train(model, kind(model, nn.CrossEntropyLoss()), x, y, steps=30)
         assert torch.equal(before, torch.random.get_rng_state())
-        ends.append(_weights(model))
-    assert torch.equal(*ends)
-
-
-class Noisy(nn.Module):
-    """Draws random numbers in its forward, in eval mode too, as variational autoencoders do."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.layer, self.source = nn.Linear(6, 3), source
-
-    def forward(self, x):
-        noise = torch.randn_like(x) if self.source == "torch" else random.gauss()
-        return self.layer(x + 0.1 * noise)
-
-
-@both
-@pytest.mark.parametrize("source", ["torch", "python"])
-def test_a_refresh_leaves_the_users_random_numbers_alone(kind, source):
-    _, x, y = _problem()
-    torch.manual_seed(0)
-    model = Noisy(source)
-    optimizer = kind(model, nn.CrossEntropyLoss())
-    nn.functional.cross_entropy(model(x), y).backward()
-    before = torch.random.get_rng_state(), random.getstate()
-    optimizer.step()
-    assert torch.equal(before[0], torch.random.get_rng_state())
-    assert before[1] == random.getstate()
-
-
-class Keeping(nn.Module):
-    """Keeps activations, for a further loss or to be looked at."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.first, self.last, self.how = nn.Linear(6, 8), nn.Linear(8, 3), how
-
-    def forward(self, x):
-        h = torch.tanh(self.first(x))
-        self.kept = self._last = {"list": [h], "dict": {"h": h}, "tuple": (h, (h,)), "tensor": h}[self.how]
-        return self.last(h)
-
-
-@both
-@pytest.mark.parametrize("how", ["list", "dict", "tuple", "tensor"])
-def test_models_that_keep_activations(kind, how):
-    _, x, y = _problem()
-    ends = []
-    for model in (Keeping(how), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))):
-        torch.manual_seed(0)
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.3)
-        _train(model, kind(model, nn.CrossEntropyLoss()), x, y, steps=8)
         ends.append(_weights(model))
     assert torch.equal(*ends)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import Batch, NonFiniteError, apart, streams_kept
+from fishopt.batch import Batch, NonFiniteError, apart
 from fishopt.checks import check_flag, checked_generator, checked_model
 from fishopt.diagnostics.measures import Measurement, condition_number, fisher_moments, gradient_moments
 from fishopt.diagnostics.watch import Watch
@@ -21,7 +21,7 @@ from fishopt.optim.amp import plain_gradient
 from fishopt.optim.checks import whole
 from fishopt.optim.record import Record, leaving_out
 from fishopt.optim.recorder import LossHook
-from fishopt.passes import Shadow, unwrapped
+from fishopt.passes import Shadow, streams_kept, unwrapped
 
 GRAM_INPUTS = 512
 """Inputs that the condition number is of, at most; of a larger batch so many are drawn."""
@@ -187,7 +187,7 @@ class TrainingMonitor:
             raise ValueError("the model was called without a tensor that has a row for each input")
         residuals, counted = self._residuals(record)
         self._names = _named_groups(self._model, self._optimizer)
-        with streams_kept(self._model):
+        with streams_kept(p.device for p in self._model.parameters()):
             shadow, self._shadow = self._current_shadow(), None
             rows = torch.randperm(record.inputs.count, generator=self._generator, device=self._generator.device)
             rows = rows[:GRAM_INPUTS]

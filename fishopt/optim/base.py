@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import checked_inputs, streams_kept
+from fishopt.batch import checked_inputs
 from fishopt.checks import check_whole, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
@@ -32,7 +32,7 @@ from fishopt.optim.recorder import Recorder
 from fishopt.optim.resuming import Resumable
 from fishopt.optim.subbatch import INPUTS
 from fishopt.optim.units import Params, known_as, members, parameter_groups, units
-from fishopt.passes import Arguments, unwrapped
+from fishopt.passes import Arguments, streams_kept, unwrapped
 from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
 
@@ -290,7 +290,7 @@ class FisherOptimizer(Resumable, ABC):
             return Estimate({}, self._moment)
         transaction.on_failure(self._curvature.restorer())
         training = Training(plain_gradient(self, record), self._gradient_of)
-        with streams_kept(self._model):
+        with streams_kept(p.device for p in self._model.parameters()):
             return self._curvature.refresh(groups, wanted, record, training, self._steps)
 
     def _gradient_of(self, name: str) -> Tensor | None:

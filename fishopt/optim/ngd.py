@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import streams_kept
 from fishopt.checks import check_flag
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
@@ -20,6 +19,7 @@ from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket, Members, in_parts
 from fishopt.optim.estimate import Estimate, Moment
 from fishopt.optim.units import Params
+from fishopt.passes import streams_kept
 
 TINY = torch.finfo(torch.float32).tiny
 """The least dispersion that is divided by."""
@@ -176,7 +176,7 @@ class DiagonalNGD(FisherOptimizer):
             self._take(estimate, trained=True)
         if buckets := self._planned(members).buckets:
             self._follow_model()
-            with streams_kept(self._model):
+            with streams_kept(p.device for p in self._model.parameters()):
                 self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
         return None
 

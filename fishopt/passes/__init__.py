@@ -17,6 +17,7 @@ from fishopt.passes.coverage import WAYS, Coverage, coverage_of
 from fishopt.passes.products import Direction, pulled, pushed
 from fishopt.passes.routed import open_pass
 from fishopt.passes.shadow import Shadow, unwrapped, widened
+from fishopt.passes.streams import streams_kept
 from fishopt.passes.structure import Structure
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "pulled",
     "pushed",
     "signs",
+    "streams_kept",
     "trace",
     "unwrapped",
     "widened",

@@ -24,6 +24,7 @@ from fishopt.passes.functional import FunctionalPass
 from fishopt.passes.rowwise import PooledPass, RowwisePass
 from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
+from fishopt.passes.streams import streams_kept
 from fishopt.passes.traced import TracedPass
 from fishopt.passes.tracing import Contact, Widening, made_of
 
@@ -209,15 +210,11 @@ class _Expected:
 @contextmanager
 def _steady() -> Iterator[None]:
     """The same random numbers each time, for a network that draws some; the user's generators are left alone."""
-    here = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    own = random.getstate()
-    with torch.random.fork_rng(here):
+    here = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
+    with streams_kept(here):
         torch.manual_seed(0)
         random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(own)
+        yield
 
 
 # --- where parameters meet data ---

@@ -1,0 +1,24 @@
+"""The user's random streams: a network may draw from them in eval mode too, as a variational autoencoder does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def streams_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Torch's random numbers and Python's go on afterwards as if nothing was drawn.
+
+    Args:
+        devices: Where the network is; besides the CPU, whose stream is kept in any case, CUDA's count.
+    """
+    own = random.getstate()
+    with torch.random.fork_rng(sorted({d for d in devices if d.type == "cuda"}, key=str)):
+        try:
+            yield
+        finally:
+            random.setstate(own)
