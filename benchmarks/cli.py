@@ -133,7 +133,7 @@ def run(
 
 @main.command()
 @options("problems", "methods", "data", "out", "jobs")
-@click.option("--trials", default=8, show_default=True, help="Configurations tried, the same number for every method.")
+@click.option("--trials", default=8, show_default=True, help="Configurations tried besides a method as it comes.")
 def tune(
     problems: tuple[str, ...], methods: tuple[str, ...], data_dir: Path | None, out: Path, jobs: int, trials: int
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ class Method:
         graph: Whether its backward must be differentiable.
         closure: Whether it evaluates the loss itself, several times in a step.
         iterations: How many steps a call of its ``step`` counts for.
-        is_matrix: Whether it keeps a matrix for each layer, not numbers for each weight.
+        is_matrix: Whether a layer's weights are a matrix to it, orthogonalised or with matrices to precondition it, not
+            entries each by itself.
+        steady: What it takes, when it is tuned, with a constant learning rate.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Method:
     closure: bool = False
     iterations: int = 1
     is_matrix: bool = False
+    steady: Config = field(default_factory=dict)
 
     def make(self, model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
         """An optimizer, at the default learning rate unless it is given another."""
@@ -134,9 +137,11 @@ def muon(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> 
 def lbfgs(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     """Five iterations a call, the first of which evaluates once more where the last one ended.
 
-    By itself ``max_eval`` is 5/4 of ``max_iter``, which leaves a line search nothing to search with.
+    By itself ``max_eval`` is 5/4 of ``max_iter``, which leaves a line search nothing to search with, and the tolerances
+    end a call where a loss of 1e-5 still falls.
     """
     options = {"line_search_fn": "strong_wolfe", "max_iter": 5, "max_eval": 125}
+    options |= {"tolerance_grad": 0.0, "tolerance_change": 0.0}
     return torch.optim.LBFGS(model.parameters(), **options, **config)
 
 
@@ -157,7 +162,7 @@ class Several(torch.optim.Optimizer):
 # --- other packages' ---
 
 
-@method("Schedule-Free AdamW", 2.5e-3, package="schedulefree")
+@method("Schedule-Free AdamW", 2.5e-3, package="schedulefree", steady={"warmup_steps": 100})  # as ours has
 def schedule_free(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 

@@ -38,17 +38,17 @@ Heat = list[Spec]
 
 
 def trials(method: Method, count: int, *, decays: bool = True) -> list[Config]:
-    """The configurations that are tried: the same quasi-random points in the same ranges for every method.
+    """The configurations that are tried: a method as it comes, and the same quasi-random points for every method.
 
     Args:
         method: A method.
-        count: How many.
+        count: How many points.
         decays: Whether weights are to decay at all; not where a function is to be fitted to the last digit.
     """
     low, high = WEIGHT_DECAY
-    found: list[Config] = []
+    found: list[Config] = [{} if decays else {"weight_decay": 0.0}]
     for u in qmc.Halton(3, rng=0).random(count):
-        config: Config = {"schedule": "constant" if u[2] < 0.5 else "cosine"}
+        config: Config = {"schedule": "constant", **method.steady} if u[2] < 0.5 else {"schedule": "cosine"}
         if method.lr is not None:
             config["lr"] = float(f"{method.lr * 10 ** (DECADES * (u[0] - 0.5)):.3g}")
         if not method.closure:  # L-BFGS has none

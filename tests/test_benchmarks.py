@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
+import fishopt
 from benchmarks import ablations, data, protocol
 from benchmarks.cli import main
 from benchmarks.methods import METHODS
@@ -211,13 +213,21 @@ def test_divergence_is_seen():
 
 
 def test_trials_are_the_same_points_for_every_method():
-    adamw, ours = (protocol.trials(METHODS[name], 16) for name in ("AdamW", "FisherAdam"))
+    (first, *adamw), (_, *ours) = (protocol.trials(METHODS[name], 16) for name in ("AdamW", "FisherAdam"))
+    assert first == {}  # as it comes
     for a, b in zip(adamw, ours, strict=True):
         assert (a["weight_decay"], a["schedule"]) == (b["weight_decay"], b["schedule"])
         assert a["lr"] / METHODS["AdamW"].lr == pytest.approx(b["lr"] / METHODS["FisherAdam"].lr, rel=1e-2)
     ratio = max(t["lr"] for t in adamw) / min(t["lr"] for t in adamw)
     assert 10 < ratio <= 10**protocol.DECADES
     assert {t["schedule"] for t in adamw} == {"constant", "cosine"}
+
+
+def test_other_averages_are_warmed_up_as_ours_where_the_rate_is_constant():
+    _, *tried = protocol.trials(METHODS["Schedule-Free AdamW"], 16)
+    assert {(t["schedule"], t.get("warmup_steps")) for t in tried} == {("constant", 100), ("cosine", None)}
+    ours = fishopt.FisherAdam(nn.Linear(2, 2), "categorical", schedule_free=True)
+    assert ours.defaults["warmup"] == 100
 
 
 def test_the_best_trial_is_run_again_on_fresh_seeds_and_adamws_median_is_the_target(tmp_path):
@@ -254,7 +264,7 @@ def test_commands(tmp_path):
     call("tune", *few, "--trials", "2", "--jobs", "2")
     call("run", *few, "--track", "final", "--seeds", "2")
     assert "2 runs, 2 of them finished before" in call("run", *few, "--track", "final", "--seeds", "2")
-    assert len(list(Store(tmp_path).runs())) == 4
+    assert len(list(Store(tmp_path).runs())) == 5
     page = call("report", "--to", str(tmp_path / "report")).split("written: ")[1].strip()
     assert "gaussian_regression" in Path(page).read_text()
 

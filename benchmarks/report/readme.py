@@ -23,7 +23,7 @@ SHOWN = (
 """The methods that have a column there."""
 
 STRONGEST = "SOAP"
-"""What ends best of others' methods as they come. It keeps matrices, and was not tuned on most problems."""
+"""What ends best of others' methods as they come. A matrix method, and was not tuned on most problems."""
 
 BEGIN, END = "<!-- table: ", "<!-- end of table -->"
 MARK = re.compile(rf"({BEGIN}([\w-]+) -->\n)(?:(?!{BEGIN}).)*?({END})", re.DOTALL)

@@ -70,7 +70,7 @@ def metrics(study: Study, track: str, only: Sequence[str] = tuple(METHODS)) -> T
         best = {m for m, value in values.items() if value == min(values.values())}
         show = shown(problem)
         rows.append([problem, *(Strong(show(found[m])) if m in best else show(found[m]) for m in methods)])
-    note = f"Error rate in percent, or loss; median over {seeds(study, track)}. Strong: the best without matrices."
+    note = f"Error rate in percent, or loss; median over {seeds(study, track)}. Strong: the best but matrix methods."
     return Table(f"Final test metric, {LABELS[track]}", ["problem", *methods], rows, note)
 
 
@@ -160,7 +160,8 @@ def of_problem(study: Study, track: str, problem: str) -> Table:
     ]  # fmt: skip
     about = PROBLEMS[problem].about.rstrip(".")
     note = (
-        f"{about}. Steps, gradients, seconds: to {to}, on validation. {_several(study, track, problem).capitalize()}."
+        f"{about}. Steps, gradients, seconds: to {to}, on validation. {_several(study, track, problem).capitalize()}. "
+        "Gradients are the loss's; what curvature takes besides is in the seconds."
     )
     return Table(f"{problem}, {LABELS[track]}", columns, rows, note)
 
