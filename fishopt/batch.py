@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ class Batch:
     Attributes:
         width: Natural parameters per input, T; known once a chunk has gone through.
         positions: Positions of an input's labels, those that do not count included; known by then too.
+        may_mask: Whether it was given labels of the kind that tell which of them count.
 
     Args:
         shadow: The network.
@@ -81,13 +83,12 @@ class Batch:
         self.likelihood = likelihood
         self.width = 0
         self.positions = 1
+        self.may_mask = mask is not None
         self._mask = mask
         self._targets: Tensor | None = None
         if mask is not None and not mask.any():
             raise ValueError("targets holds nothing but labels to be ignored; pass a batch where some label counts")
-        for x in self.inputs.leaves:
-            if isinstance(x, Tensor) and not torch.isfinite(x).all():
-                raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
+        check_finite(self.inputs)
         shadow.sync()
 
     @classmethod
@@ -100,8 +101,9 @@ class Batch:
         """
         shadow, parts, family = Shadow(checked_model(model)), checked_inputs(inputs), as_likelihood(likelihood)
         mask = None if targets is None else family.counted(checked_targets(targets, parts.count))
-        batch = cls(shadow, parts, family, mask)
-        batch._targets = targets
+        is_of_no_use = mask is None or (mask.ndim < 2 and bool(mask.all()))
+        batch = cls(shadow, parts, family, None if is_of_no_use else mask)
+        batch._targets, batch.may_mask = targets, mask is not None
         return batch
 
     def __len__(self) -> int:
@@ -114,11 +116,6 @@ class Batch:
         Known once a chunk has gone through.
         """
         return len(self) * self.positions if self._mask is None else int(self._mask.sum())
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether labels tell which of them count."""
-        return self._mask is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -264,6 +261,17 @@ def checked_inputs(inputs: Any) -> Arguments:
     if lengths == [0]:
         raise ValueError("inputs is empty; pass at least one input")
     return Arguments(parts, named)
+
+
+def check_finite(inputs: Arguments) -> None:
+    """Minus infinity passes: attention masks hold it; whether that is of use shows in the output.
+
+    Raises:
+        NonFiniteError: If the inputs contain NaN or infinity.
+    """
+    for x in inputs.leaves:
+        if isinstance(x, Tensor) and not (x.isfinite() if x.is_complex() else x < math.inf).all():
+            raise NonFiniteError("inputs contains NaN or infinite values; remove these inputs first")
 
 
 def in_full_precision(inputs: Arguments) -> Arguments:

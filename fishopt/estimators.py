@@ -214,7 +214,7 @@ def request(
     checked_samples(samples)
     checked_generator(generator)
     batch = Batch.of(model, inputs, likelihood, targets)
-    if targets is not None and estimator != "empirical" and not batch.is_masked:
+    if targets is not None and estimator != "empirical" and not batch.may_mask:
         raise ValueError(
             "targets is for estimator='empirical', and where positions or inputs are to be ignored; "
             f"estimator={estimator!r} draws labels itself"

@@ -132,7 +132,8 @@ def _score_pairs(batch: Batch, rows: slice, part: Arguments) -> Tensor:
     largest = likelihood.covariance_spectrum(h).upper
     gamma = likelihood.quartic_spectrum(h, tight=True).upper
     if h.shape[1] > 1:  # else u and v are the same but for their sign
-        gamma = torch.minimum(gamma + largest.square(), likelihood.radius(h) * largest)
+        gamma, bound = gamma + largest.square(), likelihood.radius(h) * largest
+        gamma = torch.where(bound < gamma, bound, gamma)  # the bound is not a number where that is infinity times zero
     return (norms * gamma[:, None]).T @ norms
 
 

@@ -116,6 +116,20 @@ def test_a_loss_of_a_view_of_the_output():
         assert found[-1] == pytest.approx(float(loss_fn(view(model(x)), labels).detach()), rel=1e-12)
 
 
+def test_a_loss_of_an_output_that_lies_within_other_memory():
+    class Second(nn.Module):
+        def forward(self, x):
+            return torch.stack([torch.zeros(len(x), 3).to(x), self.head(x)])[1]
+
+    model, loss_fn = Second(), nn.MSELoss()
+    model.head = _network()
+    optimizer = _start(model, loss_fn)
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    loss_fn(model(x), y).backward()
+    (record,) = optimizer._recorder.records
+    torch.testing.assert_close(record.loss(model(x).detach()), loss_fn(model(x), y))
+
+
 def test_two_losses_of_two_forwards_add_up():
     """As of a physics-informed network: inside and at the boundary."""
     model, loss_fn = _network(), nn.MSELoss()

@@ -37,6 +37,24 @@ def test_closure_maximize_and_none_gradients(kind):
 
 
 @both
+def test_a_closure_is_called_where_a_warm_up_begins_at_zero(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, nn.CrossEntropyLoss())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    before = _weights(model)
+    assert float(optimizer.step(closure).detach()) > 0
+    assert torch.equal(_weights(model), before)
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+@both
 def test_param_groups_have_their_own_options(kind):
     model, x, y = _problem()
     optimizer = kind(

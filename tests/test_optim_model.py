@@ -252,3 +252,27 @@ def test_models_that_keep_activations(kind, how):
         _train(model, kind(model, nn.CrossEntropyLoss()), x, y, steps=8)
         ends.append(_weights(model))
     assert torch.equal(*ends)
+
+
+@both
+def test_attention_masks_among_the_arguments(kind):
+    """They hold minus infinity, with a row for each input or without."""
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 5)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+        def forward(self, tokens, mask):
+            return self.head(self.layer(self.embed(tokens), mask))
+
+    model, tokens, loss_fn = Network(), torch.randint(0, 5, (6, 4)), nn.CrossEntropyLoss()
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    optimizer = kind(model, loss_fn)
+    for shown in (mask, mask.expand(12, 4, 4)):
+        loss_fn(model(tokens, shown).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    assert optimizer.report().failures == 0
+    assert all(state["step"] == 2 for state in optimizer.state.values())

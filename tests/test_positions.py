@@ -290,3 +290,15 @@ def test_a_head_at_every_position_is_not_separable():
     assert not problem.batch().structure.separable
     assert problem.batch().structure.affine == {"2.weight", "2.bias"}
     assert Problem("middle", False).batch().structure.separable == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("estimator", ["I1", "exact"])
+def test_labels_that_may_mark_inputs_but_mark_none(estimator):
+    """A loader's batches may have labels to ignore or not."""
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.tensor([0, 2, 1, 0, 1, 2])
+    options = {"estimator": estimator}
+    found, expected = (
+        fishopt.fisher_diagonal(model, x, "categorical", generator=torch.Generator().manual_seed(0), **options, **also)
+        for also in ({"targets": y}, {})
+    )
+    assert_close(found, expected)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fishopt
-from fishopt.optim.amp import plain_gradient
+from fishopt.optim.amp import plain_gradients
 from fishopt.optim.estimate import Training
 from fishopt.optim.record import Record
 from fishopt.optim.subbatch import enough
@@ -26,7 +26,8 @@ def test_optimizers_count_observations(kind):
         optimizer.zero_grad()
         loss = loss_fn(model(x).flatten(0, 1), y.flatten())
         loss.backward()
-        c = optimizer._curvature._residuals(plain_gradient(optimizer, optimizer._recorder.last))
+        record = optimizer._recorder.last
+        c = optimizer._curvature._residuals(plain_gradients(optimizer, record, "batchmean"), record)
         expected = model(x).softmax(-1) - nn.functional.one_hot(y, 4)
         torch.testing.assert_close(c, expected.detach().flatten(1))
         optimizer.step()

@@ -92,3 +92,9 @@ def test_bounds_are_in_the_models_order(estimator, monkeypatch):
 def test_large_models_have_no_number_for_any_two_parameters():
     with pytest.raises(ValueError, match="model has 4,100 trainable parameters"):
         off_diagonal_bound(nn.Linear(40, 100), torch.randn(2, 40), "categorical", estimator="I1")
+
+
+def test_rates_that_are_zero_in_floating_point_have_a_bound():
+    model = nn.Linear(1, 2)
+    nn.init.constant_(model.bias, -200.0)
+    assert not off_diagonal_bound(model, torch.ones(3, 1), "poisson", estimator="I1").any()

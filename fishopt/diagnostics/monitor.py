@@ -17,7 +17,7 @@ from fishopt.diagnostics.measures import Measurement, condition_number, fisher_m
 from fishopt.diagnostics.watch import Watch
 from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.likelihoods.base import COLUMN_LIMIT
-from fishopt.optim.amp import plain_gradient
+from fishopt.optim.amp import plain_gradients, unscaled
 from fishopt.optim.checks import whole
 from fishopt.optim.record import Record, leaving_out
 from fishopt.optim.recorder import LossHook
@@ -233,10 +233,12 @@ class TrainingMonitor:
             ValueError: If their scale is not to be known.
             NonFiniteError: If they are NaN or infinite.
         """
-        gradient = plain_gradient(self._optimizer, record)
-        if gradient is None:
+        record = unscaled(self._optimizer, record)
+        gradients = plain_gradients(self._optimizer, record, self._likelihood.reduction)
+        if gradients is None:
             raise ValueError("the loss was multiplied by a number that was not seen; pass the loss module as loss_fn")
-        is_summed = record.parts > 1 and record.factor is not None and abs(float(record.factor) - 1) < 1e-3
+        gradient = torch.cat(gradients)
+        is_sum = record.parts == 1 or self._likelihood.reduction == "sum" or record.is_added_up
         wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
         _, c = self._likelihood.at(gradient.to(wide))
         counted = None
@@ -245,7 +247,7 @@ class TrainingMonitor:
             counted = leaving_out(self._likelihood.counted_by(gradient))
         if not c.isfinite().all():
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
-        return c * (record.count * (record.parts if is_summed else 1)), counted
+        return c * (record.count / (1 if is_sum else record.parts)), counted
 
     def _gram(self, batch: Batch, residuals: Tensor) -> list[Tensor]:
         """``J J^T`` of each parameter group's columns, ``[N, N]``."""

@@ -43,8 +43,7 @@ class Categorical(Likelihood):
     def counted(self, targets: Tensor) -> Tensor | None:
         if targets.is_floating_point() or targets.is_complex():
             return None
-        counts = targets != self.ignore_index
-        return None if targets.ndim < 2 and counts.all() else counts
+        return targets != self.ignore_index
 
     def leaves_out(self, outputs: Tensor) -> bool:
         if outputs.ndim == 2 and self.ignore_index == -100:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fishopt.optim.record import Record
+from fishopt.passes import widened
 
 
 def has_overflowed(optimizer: torch.optim.Optimizer) -> bool:
@@ -28,20 +29,31 @@ def handed_over(optimizer: torch.optim.Optimizer) -> Tensor | None:
     return scale
 
 
-def plain_gradient(optimizer: torch.optim.Optimizer, record: Record) -> Tensor | None:
-    """The gradient at the output that the loss itself has, as if it was not multiplied by anything.
-
-    By the gradient at the loss where the loss module tells it, by the scale that is handed over elsewhere; None where
-    ``unscale_`` has hidden it. Of several micro-batches each is taken to have its share of the loss.
-    """
-    gradient = record.gradient
-    if gradient is None:
-        return None
-    # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    if record.factor is not None:
-        return wide / (record.factor.to(wide) * record.parts)
+def unscaled(optimizer: torch.optim.Optimizer, record: Record) -> Record:
+    """What was trained on as if no GradScaler had multiplied the loss, where it has handed its scale over."""
     scale = handed_over(optimizer)
-    if scale is not None:
-        return wide / scale.to(wide)
-    return None if getattr(optimizer, "found_inf", None) is not None else wide
+    return record if scale is None else record.over(scale)
+
+
+def plain_gradients(optimizer: torch.optim.Optimizer, record: Record, reduction: str) -> list[Tensor] | None:
+    """The gradients at the output that the losses themselves have, as if they were not multiplied by anything.
+
+    By the gradient at the loss where the loss module tells it; elsewhere of several micro-batches each is taken to have
+    its share of a mean. None where they were multiplied by zero, or ``unscale_`` has hidden a GradScaler's scale.
+
+    Args:
+        optimizer: Whose steps a GradScaler may call.
+        record: What was trained on, `unscaled`.
+        reduction: How the loss averages, as `Likelihood.reduction`.
+
+    Returns:
+        One for each of the micro-batches that the record's inputs are of.
+    """
+    if record.gradient is None:
+        return None
+    gradients = record.split(widened(record.gradient))
+    if record.factor is None:
+        is_hidden = getattr(optimizer, "found_inf", None) is not None and handed_over(optimizer) is None
+        return None if is_hidden else [x * (1 if reduction == "sum" else record.parts) for x in gradients]
+    factors = torch.stack(record.factors)
+    return [x / factor.to(x.device) for x, factor in zip(gradients, factors, strict=True)] if factors.all() else None

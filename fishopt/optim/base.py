@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import checked_inputs
+from fishopt.batch import check_finite, checked_inputs
 from fishopt.checks import check_whole, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
-from fishopt.optim.amp import handed_over, has_overflowed, plain_gradient, unscale_gradients
+from fishopt.optim.amp import handed_over, has_overflowed, plain_gradients, unscale_gradients, unscaled
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged, measure
 from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
@@ -134,7 +134,7 @@ class FisherOptimizer(Resumable, ABC):
         """Refreshes the curvature if it is due, then updates the parameters.
 
         A step whose gradients are NaN or infinite is skipped. All or nothing: an exception or KeyboardInterrupt within
-        leaves parameters and state as they were before, or as they are after the step.
+        leaves parameters and state as they were before, or as they are after the step; but for lack of memory in the update.
 
         Args:
             closure: Evaluates the model and returns the loss, as with torch.optim.
@@ -144,7 +144,7 @@ class FisherOptimizer(Resumable, ABC):
             RuntimeError: If a gradient is sparse, or gradients or refreshes are NaN or infinite ten times in a row.
         """
         checks.closure(closure)
-        if not self.state and is_trial(self.param_groups):
+        if closure is None and not self.state and is_trial(self.param_groups):
             self._make_room()
             return None
         started = self._start_clock()
@@ -189,12 +189,11 @@ class FisherOptimizer(Resumable, ABC):
             **named: Its keyword arguments.
 
         Raises:
-            ValueError: If the inputs are empty, or contain NaN or infinite values.
+            ValueError: If the inputs are empty, or contain NaN or infinite values, or if the labels' variance is to be
+                estimated, as for ``nn.MSELoss``, and there was no backward yet.
             TypeError: If they are not tensors.
         """
-        given = checked_inputs({**dict(enumerate(inputs)), **named})
-        if any(x.is_floating_point() and not x.isfinite().all() for x in given.leaves):
-            raise ValueError("inputs contains NaN or infinite values; remove these inputs first")
+        check_finite(checked_inputs({**dict(enumerate(inputs)), **named}))
         self._to_trained()
         started = self._start_clock()
         given = Arguments(inputs, named)
@@ -289,7 +288,8 @@ class FisherOptimizer(Resumable, ABC):
             check_whole(self._model)
             return Estimate({}, self._moment)
         transaction.on_failure(self._curvature.restorer())
-        training = Training(plain_gradient(self, record), self._gradient_of)
+        record = unscaled(self, record)
+        training = Training(plain_gradients(self, record, self._curvature.reduction), self._gradient_of)
         with streams_kept(p.device for p in self._model.parameters()):
             return self._curvature.refresh(groups, wanted, record, training, self._steps)
 

@@ -16,7 +16,7 @@ class LossCall:
     Attributes:
         module: The loss.
         targets: Its further arguments.
-        view: Shape, strides and offset, in the output, of what it was called with.
+        view: Shape, strides, and offset in the output, of what it was called with.
         factor: What its value was multiplied by; known once there was a backward.
     """
 
@@ -29,7 +29,9 @@ class LossCall:
         """The loss of other outputs, times its factor."""
         targets = (x.to(outputs) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.targets)
         # Not by calling it: nobody is to be told.
-        loss: Tensor = self.module.forward(outputs.contiguous().as_strided(*self.view), *targets)
+        (shape, strides, start), outputs = self.view, outputs.contiguous()
+        viewed = outputs.as_strided(shape, strides, int(outputs.storage_offset()) + start)
+        loss: Tensor = self.module.forward(viewed, *targets)
         return loss * self.factor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import compress
 from typing import Any
@@ -77,6 +77,7 @@ class Curvature:
     ) -> None:
         self.criterion = criterion
         self.estimates_noise = estimates_noise
+        self.reduction = likelihood.reduction
         self.seconds = 0.0
         self.failures = Failures()
         self.noise = Noise()
@@ -117,7 +118,7 @@ class Curvature:
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: self._residuals(training.at_output, record.mask))
+            residuals = attempt(lambda: self._residuals(training.at_outputs, record))
             seen = residuals if self.estimates_noise else None
             noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)
@@ -145,19 +146,25 @@ class Curvature:
             self._shadow = Shadow(self._model, self._readout)
         return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
 
-    def _residuals(self, gradient: Tensor | None, counted: Tensor | None = None) -> Tensor | None:
+    def _residuals(self, gradients: Sequence[Tensor] | None, record: Record) -> Tensor | None:
         """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
 
         Raises:
             NonFiniteError: If they are NaN or infinite.
         """
-        if gradient is None:
+        if gradients is None:
             return None
-        wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
-        likelihood, c = self._likelihood.at(gradient.to(wide))
+        masks = record.split(record.mask) if record.mask is not None else [None] * len(gradients)
+        c = torch.cat([self._residuals_of(x, mask) for x, mask in zip(gradients, masks, strict=True)])
         if not _all_finite([c]):
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
-        observations = len(c) * likelihood.positions if counted is None else int(counted.sum())
+        return c
+
+    def _residuals_of(self, gradient: Tensor, counted: Tensor | None) -> Tensor:
+        """Those of one forward, whose loss is a mean of its own."""
+        wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
+        likelihood, c = self._likelihood.at(gradient.to(wide))
+        observations = len(c) * likelihood.positions if counted is None else max(1, int(counted.sum()))
         return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _select(
@@ -268,11 +275,9 @@ class Curvature:
 
     def _multiple(self, record: Record, world: World) -> float:
         """The training gradient as a multiple of that of the loss on all that was trained on."""
-        if self._likelihood.reduction == "sum":
+        if self.reduction == "sum":
             return 1 / world.size  # DistributedDataParallel averages what one process would have summed
-        # Micro-batches whose losses were added up, not averaged.
-        whole = record.parts > 1 and record.factor is not None and abs(float(record.factor) - 1) < 1e-3
-        return float(record.parts) if whole else 1.0
+        return float(record.parts) if record.is_added_up else 1.0
 
     def _notice(self, coverage: Coverage) -> None:
         """Keeps the ways, and warns where one is slow, or noisy."""

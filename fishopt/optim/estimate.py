@@ -37,11 +37,11 @@ class Training(NamedTuple):
     """What a refresh may need of the backward besides the inputs.
 
     Attributes:
-        at_output: The loss's gradient with respect to the model's output.
+        at_outputs: The loss's gradient with respect to the model's output, of each forward that the inputs are of.
         of: Parameter's name -> its gradient.
     """
 
-    at_output: Tensor | None
+    at_outputs: list[Tensor] | None
     of: Callable[[str], Tensor | None]
 
 

@@ -47,8 +47,8 @@ class Noise(NamedTuple):
         """
         if not self.weight:
             raise ValueError(
-                "the variance of the labels cannot be estimated: no backward from the output with a known scale was "
-                "seen (scaler.unscale_ hides it); pass likelihood=fishopt.Gaussian(variance=<number>)"
+                "the variance of the labels cannot be estimated: no backward from the output with a known scale, other "
+                "than zero, was seen (scaler.unscale_ hides it); pass likelihood=fishopt.Gaussian(variance=<number>)"
             )
         return self.value / self.weight
 

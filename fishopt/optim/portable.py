@@ -45,12 +45,12 @@ def from_copy(state_dict: dict[str, Any]) -> dict[str, Any]:
 def is_trial(groups: Iterable[Group]) -> bool:
     """Whether a step is the one by which `torch.distributed.checkpoint` has a new optimizer make its state.
 
-    It sets learning rates and gradients to zero for that.
+    It sets learning rates and gradients to zero for that. A step with a closure has its gradients yet to come.
     """
-    for group in groups:
-        if group["lr"] != 0 or any(p.grad is not None and p.grad.any() for p in group["params"]):
-            return False
-    return True
+    return all(
+        group["lr"] == 0 and all(p.grad is not None and not p.grad.any() for p in group["params"] if p.requires_grad)
+        for group in groups
+    )
 
 
 def make_room(optimizer: torch.optim.Optimizer, scalars: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fishopt.optim.backwards import Arrival
 from fishopt.optim.calls import LossCall
-from fishopt.passes import Arguments
+from fishopt.passes import Arguments, widened
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Record:
         parts: Forwards.
         gradient: The gradient at the output, divided by what the loss was multiplied by, if it was asked for.
         counted: Which labels count, a row for each input, where some may not.
-        factor: What the loss was multiplied by, None if the loss module does not tell.
+        factor: What the loss was multiplied by, None if the loss module does not tell; on average, of several.
+        pieces: Of several, the rows and the factor of each forward that ``inputs`` are of.
         group: The processes that share this batch's gradient, None if there is one.
         calls: The loss module's calls on the output that there was a backward through, if they were asked for.
         is_within: Whether the forward was run in a backward, as by reentrant checkpoints, which the loss does not see.
@@ -39,6 +40,7 @@ class Record:
     gradient: Tensor | None = None
     counted: Tensor | None = None
     factor: Tensor | None = None
+    pieces: list[tuple[int, Tensor | None]] = field(default_factory=list)
     group: Any = None
     calls: list[LossCall] = field(default_factory=list)
     is_within: bool = False
@@ -59,6 +61,31 @@ class Record:
         """Which labels count, if some do not. To be asked at a refresh alone: on a GPU the answer is waited for."""
         return leaving_out(self.counted)
 
+    @property
+    def factors(self) -> list[Tensor]:
+        """What each forward's loss was multiplied by, as far as it is known."""
+        found = [factor for _, factor in self.pieces] or [self.factor]
+        return [factor for factor in found if factor is not None]
+
+    @property
+    def is_added_up(self) -> bool:
+        """Whether the losses of several micro-batches were added up, not averaged."""
+        return self.parts > 1 and self.factor is not None and abs(float(self.factor) - 1) < 1e-3
+
+    def over(self, scale: Tensor) -> Record:
+        """The same if the loss had not been multiplied by a scale."""
+        return replace(
+            self,
+            # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
+            gradient=_over(scale, None if self.gradient is None else widened(self.gradient)),
+            factor=_over(scale, self.factor),
+            pieces=[(count, _over(scale, factor)) for count, factor in self.pieces],
+        )
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """What belongs to the outputs, forward by forward."""
+        return list(rows.split([count for count, _ in self.pieces])) if self.pieces else [rows]
+
     def loss(self, outputs: Tensor) -> Tensor:
         """What was made smaller, as a function of the output: the calls of the loss module, times their factors."""
         return torch.stack([call.value(outputs) for call in self.calls]).sum()
@@ -77,10 +104,13 @@ class Record:
     def is_of(self, inputs: Arguments) -> bool:
         """Whether these are its inputs."""
         mine, others = self.inputs.leaves, inputs.leaves
-        return len(mine) == len(others) and all(
-            a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-            for a, b in zip(mine, others, strict=True)
-        )
+        return len(mine) == len(others) and all(map(_is_same, mine, others))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def leaving_out(counted: Tensor | None) -> Tensor | None:
@@ -111,8 +141,13 @@ def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Recor
         gradient=_cat([one.gradient for one in alike]),
         counted=_cat([one.counted for one in alike]),
         factor=torch.stack(factors).mean() if len(factors) == len(records) else None,
+        pieces=[(one.inputs.count if one.gradient is None else len(one.gradient), one.factor) for one in alike],
         group=next((one.group for one in reversed(records) if one.group is not None), None),
     )
+
+
+def _over(scale: Tensor, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x / scale.to(x.device)
 
 
 def _both(a: Tensor | None, b: Tensor | None, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

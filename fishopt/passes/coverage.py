@@ -210,8 +210,8 @@ class _Expected:
 @contextmanager
 def _steady() -> Iterator[None]:
     """The same random numbers each time, for a network that draws some; the user's generators are left alone."""
-    here = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
-    with streams_kept(here):
+    seeded = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with streams_kept(torch.device("cuda", i) for i in seeded):
         torch.manual_seed(0)
         random.seed(0)
         yield
