@@ -134,7 +134,7 @@ class FisherOptimizer(Resumable, ABC):
         """Refreshes the curvature if it is due, then updates the parameters.
 
         A step whose gradients are NaN or infinite is skipped. All or nothing: an exception or KeyboardInterrupt within
-        leaves parameters and state as they were before, or as they are after the step; but for lack of memory in the update.
+        leaves parameters and state as they were before, or are after the step; lack of memory in the update may not.
 
         Args:
             closure: Evaluates the model and returns the loss, as with torch.optim.
