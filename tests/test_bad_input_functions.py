@@ -104,7 +104,7 @@ FUNCTION_ROWS = [
     (lambda: fisher(inputs=torch.zeros(2, 7)), ValueError, r"could not be run.*\(2, 7\)"),
     (lambda: fisher(inputs=X.double()), ValueError, "could not be run.*float64"),
     (lambda: fisher(model=Lambda(lambda h: h / 0)), ValueError, "output contains NaN"),
-    (lambda: fisher(targets=Y), ValueError, "targets.*empirical"),
+    (lambda: fisher(targets=Y.float()), ValueError, "targets.*empirical"),
     (lambda: fisher(estimator="empirical"), ValueError, "targets=None"),
     (lambda: fisher(estimator="empirical", targets=[0, 1]), TypeError, "targets is a list"),
     (lambda: fisher(estimator="empirical", targets=Y[:2]), ValueError, r"\(2,\) for 5 inputs"),
