@@ -21,18 +21,19 @@ mlps=(-p mnist_relu -p mnist_sigmoid -p mnist_relu_large -p mnist_sigmoid_large 
 images=(-p cifar_3c3d -p cifar_resnet8)
 goals=(-p fit_curve -p fit_surface -p pinn_poisson)
 
-compare() { # trials, seeds, then methods and problems
+compare() { # trials besides the defaults, seeds, then methods and problems
   bench tune --trials "$1" "${@:3}"
   bench run --track final --seeds "$2" "${@:3}"
 }
 compare 8 5 "${all[@]}" "${small[@]}"
 compare 8 5 "${main[@]}" "${mlps[@]}"
-compare 8 5 "${diagonal[@]}" -p mnist_relu_large -p mnist_sigmoid_large -p mnist_autoencoder
+compare 8 5 "${diagonal[@]}" "${mlps[@]}"
 compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
+compare 4 5 -m NAdam "${diagonal[@]}" -p mnist_cnn
 compare 5 3 "${core[@]}" -m Muon -p char_transformer
-compare 5 3 -m NAdam -m SGD -m Sophia-H -m IVON -p char_transformer
+compare 5 3 -m NAdam -m SGD "${diagonal[@]}" -p char_transformer
 compare 4 3 "${core[@]}" "${images[@]}"
-compare 4 3 -m NAdam -m SGD -m Sophia-H -m IVON "${images[@]}"
+compare 4 3 -m NAdam -m SGD "${diagonal[@]}" "${images[@]}"
 
 bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
 bench run --track defaults --seeds 5 "${main[@]}" "${mlps[@]}"

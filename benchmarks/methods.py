@@ -142,7 +142,19 @@ def lbfgs(model: nn.Module, loss_fn: nn.Module, examples: int, **config: Any) ->
     """
     options = {"line_search_fn": "strong_wolfe", "max_iter": 5, "max_eval": 125}
     options |= {"tolerance_grad": 0.0, "tolerance_change": 0.0}
-    return torch.optim.LBFGS(model.parameters(), **options, **config)
+    return Restarting(model.parameters(), **options, **config)
+
+
+class Restarting(torch.optim.LBFGS):
+    """L-BFGS that forgets where a call has moved nothing: with the same memory the next one would not either."""
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One call."""
+        before = [p.detach().clone() for p in self._params]
+        loss = super().step(closure)
+        if all(map(torch.equal, before, self._params)):
+            self.state.clear()
+        return loss
 
 
 class Several(torch.optim.Optimizer):

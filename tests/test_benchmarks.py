@@ -230,6 +230,24 @@ def test_other_averages_are_warmed_up_as_ours_where_the_rate_is_constant():
     assert ours.defaults["warmup"] == 100
 
 
+def test_lbfgs_starts_anew_where_its_memory_leads_nowhere():
+    x = nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = METHODS["L-BFGS"].make(nn.ParameterList([x]), nn.MSELoss(), 1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (x.square() * torch.tensor([1.0, 7.0])).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.state[x]["old_dirs"]
+    with torch.no_grad():
+        x.zero_()
+    optimizer.step(closure)
+    assert x not in optimizer.state
+
+
 def test_the_best_trial_is_run_again_on_fresh_seeds_and_adamws_median_is_the_target(tmp_path):
     store = Store(tmp_path)
     tuning = [spec(config={"lr": lr}, seed=0, track="tune", steps=20) for lr in (1e-6, 1e-2)]
