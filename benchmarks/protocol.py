@@ -46,7 +46,7 @@ def trials(method: Method, count: int, *, decays: bool = True) -> list[Config]:
         decays: Whether weights are to decay at all; not where a function is to be fitted to the last digit.
     """
     low, high = WEIGHT_DECAY
-    found: list[Config] = [{} if decays else {"weight_decay": 0.0}]
+    found: list[Config] = [{} if decays or method.closure else {"weight_decay": 0.0}]
     for u in qmc.Halton(3, rng=0).random(count):
         config: Config = {"schedule": "constant", **method.steady} if u[2] < 0.5 else {"schedule": "cosine"}
         if method.lr is not None:
