@@ -77,7 +77,6 @@ class Curvature:
     ) -> None:
         self.criterion = criterion
         self.estimates_noise = estimates_noise
-        self.reduction = likelihood.reduction
         self.seconds = 0.0
         self.failures = Failures()
         self.noise = Noise()
@@ -139,6 +138,11 @@ class Curvature:
         """The way by which a parameter is covered, a key of `fishopt.passes.WAYS`; None before the first refresh."""
         return self._ways.get(name)
 
+    @property
+    def reduction(self) -> str:
+        """How the loss averages, as `Likelihood.reduction`."""
+        return self._likelihood.reduction
+
     # --- the parts of a refresh ---
 
     def _drawn(self, record: Record, generator: torch.Generator) -> SubBatch:
@@ -154,7 +158,7 @@ class Curvature:
         """
         if gradients is None:
             return None
-        masks = record.split(record.mask) if record.mask is not None else [None] * len(gradients)
+        masks = [None] * len(gradients) if (mask := record.mask) is None else record.split(mask)
         c = torch.cat([self._residuals_of(x, mask) for x, mask in zip(gradients, masks, strict=True)])
         if not _all_finite([c]):
             raise NonFiniteError("the gradient at the model's output is NaN or infinite")
@@ -275,7 +279,7 @@ class Curvature:
 
     def _multiple(self, record: Record, world: World) -> float:
         """The training gradient as a multiple of that of the loss on all that was trained on."""
-        if self.reduction == "sum":
+        if self._likelihood.reduction == "sum":
             return 1 / world.size  # DistributedDataParallel averages what one process would have summed
         return float(record.parts) if record.is_added_up else 1.0
 

@@ -76,8 +76,7 @@ class Record:
         """The same if the loss had not been multiplied by a scale."""
         return replace(
             self,
-            # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
-            gradient=_over(scale, None if self.gradient is None else widened(self.gradient)),
+            gradient=_over(scale, self.gradient),
             factor=_over(scale, self.factor),
             pieces=[(count, _over(scale, factor)) for count, factor in self.pieces],
         )
@@ -147,7 +146,8 @@ def joined(records: Sequence[Record], dropped: int = 0, parts: int = 0) -> Recor
 
 
 def _over(scale: Tensor, x: Tensor | None) -> Tensor | None:
-    return None if x is None else x / scale.to(x.device)
+    # In float32 at least: divided by the scale, a small gradient in float16 would vanish.
+    return None if x is None else widened(x) / scale.to(x.device)
 
 
 def _both(a: Tensor | None, b: Tensor | None, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
