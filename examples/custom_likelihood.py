@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fishopt
+from fishopt.likelihoods import uniform
 
 
 class NegativeBinomial(fishopt.Independent):
@@ -26,7 +27,7 @@ class NegativeBinomial(fishopt.Independent):
         return torch.lgamma(y + self.r) - torch.lgamma(y + 1) - torch.lgamma(torch.tensor(float(self.r)))
 
     def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(self.r, samples, *h.shape, generator=generator, dtype=h.dtype)
+        u = uniform((self.r, samples, *h.shape), h, generator)
         return (u.log() / h).floor().sum(0)  # a sum of r geometric numbers, each by inversion
 
 

@@ -71,23 +71,32 @@ class Batch:
             row per input. Or `Arguments` of any kind.
         likelihood: The family behind the loss.
         mask: Which labels count, as booleans of the labels' shape, ``[N, ...]``; all if None.
+        targets: The data's labels, to be checked against the network's output.
 
     Raises:
         ValueError: If the inputs are empty, differ in length, or contain NaN or infinite values, or if no label counts.
         TypeError: If the inputs are not tensors.
     """
 
-    def __init__(self, shadow: Shadow, inputs: Any, likelihood: Likelihood, mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        shadow: Shadow,
+        inputs: Any,
+        likelihood: Likelihood,
+        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
         self.shadow = shadow
         self.inputs = in_full_precision(inputs if isinstance(inputs, Arguments) else checked_inputs(inputs))
         self.likelihood = likelihood
         self.width = 0
         self.positions = 1
         self.may_mask = mask is not None
-        self._mask = mask
-        self._targets: Tensor | None = None
         if mask is not None and not mask.any():
             raise ValueError("targets holds nothing but labels to be ignored; pass a batch where some label counts")
+        # Of one label each that all count nothing is left out, and none of them has positions.
+        self._mask = None if mask is None or (mask.ndim < 2 and bool(mask.all())) else mask
+        self._targets = targets
         check_finite(self.inputs)
         shadow.sync()
 
@@ -101,10 +110,7 @@ class Batch:
         """
         shadow, parts, family = Shadow(checked_model(model)), checked_inputs(inputs), as_likelihood(likelihood)
         mask = None if targets is None else family.counted(checked_targets(targets, parts.count))
-        is_of_no_use = mask is None or (mask.ndim < 2 and bool(mask.all()))
-        batch = cls(shadow, parts, family, None if is_of_no_use else mask)
-        batch._targets, batch.may_mask = targets, mask is not None
-        return batch
+        return cls(shadow, parts, family, mask, targets)
 
     def __len__(self) -> int:
         return self.inputs.count
@@ -164,7 +170,7 @@ class Batch:
         if not kept and not torch.equal(once, twice):
             raise ValueError("model changes its inputs in place; use inplace=False in its first module")
 
-    def chunks(self, names: Sequence[str], *, per_input: bool = False) -> Iterator[Chunk]:
+    def chunks(self, names: Sequence[str], *, per_input: bool = False, columns: bool = False) -> Iterator[Chunk]:
         """Passes over the batch for the parameters ``names``, some inputs at a time so that memory is bounded.
 
         No names, no passes; but the network's output is checked all the same.
@@ -172,22 +178,33 @@ class Batch:
         Args:
             names: Parameters.
             per_input: Whether values per input will be asked for, or sums of their squares, which can take more memory.
+            columns: Whether there will be a cotangent for each output of an input.
 
         Raises:
             ValueError: If the network's output does not fit the likelihood.
         """
         if not names:
-            _ = self.structure  # which says so if the model cannot be run
-            with torch.no_grad():
-                self.bound(self.shadow.run(self.inputs), slice(0, len(self)))
+            self.look()
             return
         step = self._step
         if per_input:
             size = sum(self.shadow.parameters[name].numel() for name in names)
             step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
+        if columns and not self.structure.needs_all:
+            step = max(1, min(step, MAX_ELEMENTS // self.structure.outputs**2))
         for rows, part in self._parts(step):
             with open_pass(self.shadow, part, names) as through:
                 yield Chunk(through, *self.bound(through.outputs, rows), rows)
+
+    def look(self) -> None:
+        """Takes all of the inputs through the network, so that ``width`` and ``positions`` are known.
+
+        Raises:
+            ValueError: If it cannot be run, or its output does not fit the likelihood.
+        """
+        _ = self.structure  # which says so if the model cannot be run
+        with torch.no_grad():
+            self.bound(self.shadow.run(self.inputs), slice(0, len(self)))
 
     def parts(self, most: int | None = None) -> Iterator[tuple[slice, Arguments]]:
         """The inputs, as many at a time as the memory for activations takes, and no more than ``most`` if these do."""
@@ -244,11 +261,23 @@ def checked_inputs(inputs: Any) -> Arguments:
         TypeError: If they are not tensors.
         ValueError: If they are empty or differ in length.
     """
+    if isinstance(inputs, Mapping | tuple | list) and not inputs:
+        raise ValueError(f"inputs={inputs!r} is empty; pass a tensor, or a tuple of tensors, one row per input")
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     parts = tuple(inputs) if isinstance(inputs, tuple | list) else () if named else (inputs,)
-    listed = [*parts, *named.values()]
-    if not listed or (isinstance(inputs, Mapping) and not named):
-        raise ValueError(f"inputs={inputs!r} is empty; pass a tensor, or a tuple of tensors, one row per input")
+    check_rows([*parts, *named.values()])
+    return Arguments(parts, named)
+
+
+def check_rows(listed: Sequence[Any]) -> None:
+    """Whether a network's arguments are tensors of the same length.
+
+    Raises:
+        TypeError: If they are not tensors.
+        ValueError: If they are empty or differ in length.
+    """
+    if not listed:
+        raise ValueError("inputs is empty; pass a tensor, or a tuple of tensors, one row per input")
     for x in listed:
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs holds a {type(x).__name__}; pass a tensor, or a tuple of them, one row per input")
@@ -260,7 +289,6 @@ def checked_inputs(inputs: Any) -> Arguments:
         raise ValueError(f"inputs have different numbers of rows {lengths}; pass one row per input in each")
     if lengths == [0]:
         raise ValueError("inputs is empty; pass at least one input")
-    return Arguments(parts, named)
 
 
 def check_finite(inputs: Arguments) -> None:

@@ -64,15 +64,23 @@ class Spectrum:
             )
 
 
-def numerical_rank(gram: Tensor) -> int:
+def nonzero_eigenvalues(gram: Tensor) -> Tensor:
+    """The eigenvalues of a Gram matrix that are not zero, in descending order, in float64.
+
+    Args:
+        gram: ``[N, N]``.
+    """
+    values = torch.linalg.eigvalsh(gram.double()).flip(0)[: _rank(gram)]
+    # What is small enough is lost in these, though it would not be in those of the cosines.
+    return values[values > len(gram) * torch.finfo(values.dtype).eps * values[:1]]
+
+
+def _rank(gram: Tensor) -> int:
     """How many eigenvalues of a Gram matrix are not zero.
 
     Vectors may differ in length by orders of magnitude, and short ones are still known to as many digits. So this is
     told from their cosines, not from their products: as many eigenvalues are zero as those of the cosines are lost in
     rounding (the scaling of Demmel & Veselic, 1992).
-
-    Args:
-        gram: ``[N, N]``.
     """
     products = gram.double()
     norms = products.diagonal().clamp_min(0).sqrt()

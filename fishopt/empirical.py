@@ -47,7 +47,7 @@ def empirical_error(model: nn.Module, inputs: Any, likelihood: Any, targets: Ten
     """
     batch = Batch.of(model, inputs, likelihood, checked_targets(targets, checked_inputs(inputs).count))
     exact, first, second, bias_bound, fourth = (batch.zeros(batch.names) for _ in range(5))
-    for through, family, h, rows in batch.chunks(batch.names, per_input=True):
+    for through, family, h, rows in batch.chunks(batch.names, per_input=True, columns=True):
         c = family.residual(h, family.valid_targets(h, targets[rows]))
         units, ones = unit_columns(h), torch.ones_like(h.mT[:1])
         add(first, through.squared_vjp(c[None]))

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, apart
 from fishopt.checks import checked_generator, checked_option, checked_samples
-from fishopt.likelihoods import Likelihood
-from fishopt.likelihoods.base import uniform
+from fishopt.likelihoods import Likelihood, uniform
 from fishopt.passes import Coverage, Diagonal, Sketch, Structure, add
 
 EXACT_UP_TO = 256
@@ -72,7 +71,12 @@ ESTIMATORS: dict[str, Estimator] = {}
 
 
 def estimator(name: str) -> Callable[[Estimator], Estimator]:
-    """Registers an estimator under the name that users pass."""
+    """Registers an estimator under the name that users pass.
+
+    Its columns c satisfy ``E[sum_k c_k c_k^T] = I(h|x)`` for each input. Where networks couple the inputs of a batch
+    they have to have mean zero, and be independent between inputs, as well. It serves `fisher_diagonal` and the
+    optimizers by name; to have a variance, and to be chosen, it needs one in `fishopt.variance`.
+    """
 
     def register(function: Estimator) -> Estimator:
         ESTIMATORS[name] = function
@@ -84,8 +88,7 @@ def estimator(name: str) -> Callable[[Estimator], Estimator]:
 @estimator("I1")
 def squared_score(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
     """Eq. 3, left: the mean of squared scores at labels sampled from the model."""
-    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
-    return Cotangents(c / draw.samples**0.5)
+    return Cotangents(sampled_residual(likelihood, h, draw) / draw.samples**0.5)
 
 
 @estimator("I2")
@@ -128,8 +131,22 @@ def exact_separable(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents
 
 def residual_hessian(likelihood: Likelihood, h: Tensor, draw: Draw) -> Cotangents:
     """What I2 adds to the exact value (Remark H.1)."""
-    c = likelihood.residual(h, likelihood.sample(h, draw.samples, draw.generator))
-    return Cotangents(hessian=c.mean(0))
+    return Cotangents(hessian=sampled_residual(likelihood, h, draw).mean(0))
+
+
+def sampled_residual(likelihood: Likelihood, h: Tensor, draw: Draw) -> Tensor:
+    """``eta - t(y)`` at labels drawn from the model, ``[M, N, T]``.
+
+    Raises:
+        ValueError: If the likelihood does not draw labels of that shape.
+    """
+    labels = likelihood.sample(h, draw.samples, draw.generator)
+    if labels.shape[:2] != (draw.samples, len(h)):
+        raise ValueError(
+            f"{likelihood}.sample returned labels of shape {tuple(labels.shape)}; return {draw.samples} for each of "
+            f"{len(h)} inputs, [{draw.samples}, {len(h)}, ...]"
+        )
+    return likelihood.residual(h, labels)
 
 
 Plan = dict[Estimator, tuple[str, ...]]
@@ -167,7 +184,7 @@ def estimate(batch: Batch, plan: Plan, draw: Draw) -> Diagonal:
     """The mean over the batch's observations of the estimates that ``plan`` names, all from one forward."""
     names = tuple(dict.fromkeys(name for part in plan.values() for name in part))
     total: Diagonal = {}
-    for through, likelihood, h, rows in batch.chunks(names):
+    for through, likelihood, h, rows in batch.chunks(names, columns=exact in plan):
         some, count, coverage = draw.rows(rows), batch.observations, batch.coverage
         for rule, part in plan.items():
             # The mean is taken at the output, where there are fewer numbers than in the parameters.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fishopt.passes import WAYS
@@ -60,7 +61,7 @@ class Row:
         """A row from what was asked for and what was chosen."""
         if wanted == "auto" and choice is not None:
             return cls(group, parameters, choice.estimator, dict(choice.bounds), choice.reason, refreshes, ways)
-        return cls(group, parameters, wanted, {}, _FIXED[wanted], refreshes, ways)
+        return cls(group, parameters, wanted, {}, _FIXED.get(wanted, "set by the user"), refreshes, ways)
 
     @property
     def shown_ways(self) -> str:
@@ -100,18 +101,20 @@ class Report:
 
     def __str__(self) -> str:
         table = Table(title=f"{self.optimizer}, criterion {self.criterion!r}, after {self.steps:,} steps")
-        for heading in ("group", "parameters", "estimator", "bound I1", "bound I2", "refreshes", "way", "reason"):
-            numeric = heading in ("parameters", "bound I1", "bound I2", "refreshes")
+        for heading in ("group", "parameters", "estimator", "V of I1", "V of I2", "refreshes", "way", "reason"):
+            numeric = heading in ("parameters", "V of I1", "V of I2", "refreshes")
             # The reason wraps; nothing else may, whatever the width.
             table.add_column(heading, justify="right" if numeric else "left", no_wrap=heading != "reason")
         for row in self.rows:
             bounds = [f"{row.bounds[name]:.1e}" if name in row.bounds else "-" for name in ("I1", "I2")]
-            cells = (row.group, f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}")
-            table.add_row(*cells, row.shown_ways, row.reason)
+            cells = (escape(row.group), f"{row.parameters:,}", row.estimator, *bounds, f"{row.refreshes:,}")
+            table.add_row(*cells, row.shown_ways, escape(row.reason))
         text = StringIO()
         console = Console(file=text, width=max(100, shutil.get_terminal_size(fallback=(140, 24)).columns))
         failed = f"failed refreshes: {self.failures}; steps skipped for their gradients: {self.skipped}"
         console.print(table, f"curvature: {self.curvature_share:.1%} of the time; {failed}")
+        if any(row.bounds for row in self.rows):
+            console.print("V: an entry's label variance, or the bound on it that was compared; the mean over the group")
         taken = {way for row in self.rows for way in row.ways.values()}
         for way in (way for way in WAYS if way in taken):
             console.print(f"way {way!r}: by {WAYS[way]}")
@@ -128,10 +131,12 @@ class Report:
 
         Raises:
             ValueError: If nothing was chosen yet, or no group is set to ``"auto"``.
-            ImportError: If matplotlib is not installed (``pip install fishopt[plot]``).
+            ImportError: If matplotlib is not installed.
         """
         if not self.history:
             raise ValueError("history is empty: there is a choice to draw once a step was taken with estimator='auto'")
-        from fishopt.plotting import plot_choices  # matplotlib is an extra
-
+        try:
+            from fishopt.plotting import plot_choices  # matplotlib is an extra
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install '.[plot]' from fishopt's source") from error
         return plot_choices(self.history, Path(path))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fishopt.batch import Batch, apart
 from fishopt.checks import checked_option
-from fishopt.eigenvalues import Spectrum, numerical_rank
+from fishopt.eigenvalues import Spectrum, nonzero_eigenvalues
 from fishopt.estimators import ESTIMATORS, Draw, by_structure, estimate, request
 from fishopt.likelihoods import Likelihood
 from fishopt.passes import Diagonal, add, pulled, pushed, trace
@@ -208,8 +208,7 @@ def spectrum(
         rows = _rows(batch, draw, estimator)
         if method == "gram" or min(rows, size) <= GRAM_LIMIT:
             matrix = gram(batch, draw, estimator) if rows <= size else _dense(batch, draw, estimator)
-            values = torch.linalg.eigvalsh(matrix.double()).flip(0)[: numerical_rank(matrix)]
-            return Spectrum(values.clamp_min(0), float(matrix.trace()), size, is_complete=True)
+            return Spectrum(nonzero_eigenvalues(matrix), float(matrix.trace()), size, is_complete=True)
     if count >= size:
         raise ValueError(f"count={count}: Lanczos finds fewer than the {size} there are; pass method='gram'")
     return _by_lanczos(batch, draw, estimator, size, count)
@@ -239,10 +238,10 @@ def _by_lanczos(batch: Batch, draw: Draw, estimator: str, size: int, count: int)
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
-        raise ImportError("method='lanczos' needs scipy: pip install 'fishopt[spectrum]'") from error
+        raise ImportError("method='lanczos' needs scipy: pip install '.[spectrum]' from fishopt's source") from error
     between, total = _square(batch, draw, estimator)
     if not total:  # which is no starting point for Lanczos
-        return Spectrum(torch.zeros(0, dtype=torch.float64), total, size, is_complete=True)
+        return Spectrum(torch.zeros(0, dtype=torch.float64, device="cpu"), total, size, is_complete=True)
     held = {name: batch.shadow.parameters[name] for name in batch.names}
 
     def product(flat: Any) -> Any:

@@ -137,7 +137,7 @@ def mean_label_variance(
     names = batch.names if names is None else names
     total = batch.zeros(names)
     some = with_label_variance(batch, estimator, names)  # none for "exact"
-    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True, columns=True):
         add(total, _LABEL_VARIANCE[estimator](through, likelihood, h, sketch))
     return {name: value / batch.observations for name, value in total.items()}
 
@@ -185,7 +185,7 @@ def variance_bound(
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
     some = with_label_variance(batch, estimator, batch.names)
-    for through, likelihood, h, _ in batch.chunks(some, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(some, per_input=True, columns=True):
         value = bound_factor(likelihood, h, estimator, side, tight=tight)
         add(total, weighed_norms(through, unit_columns(h), value, estimator))
     return {name: value / batch.observations for name, value in total.items()}
@@ -232,7 +232,7 @@ def fisher_bound(
     check_flag("tight", tight)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, likelihood, h, _ in batch.chunks(batch.names):
+    for through, likelihood, h, _ in batch.chunks(batch.names, columns=True):
         upper = side == "upper"
         value = largest_eigenvalue(likelihood, h, tight=tight) if upper else likelihood.covariance_spectrum(h).lower
         # A weight per input goes into the cotangents, as its root.
@@ -251,7 +251,7 @@ def input_variance_bound(model: nn.Module, inputs: Any, likelihood: Any, *, tigh
     check_flag("tight", tight)
     batch = Batch.of(model, inputs, likelihood)
     total = batch.zeros(batch.names)
-    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True, columns=True):
         value = largest_eigenvalue(likelihood, h, tight=tight).square()
         add(total, through.fourth_vjp(unit_columns(h)[None], value[None]))
     return {name: value / batch.observations for name, value in total.items()}
@@ -307,7 +307,7 @@ def joint_variance(
 def _variance_over_inputs(batch: Batch, per_input: Callable[[Pass, Likelihood, Tensor], Diagonal]) -> Diagonal:
     """The population variance over the batch, by parts (Chan et al.), so that no digits cancel."""
     count, mean, spread = 0, batch.zeros(batch.names), batch.zeros(batch.names)
-    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True):
+    for through, likelihood, h, _ in batch.chunks(batch.names, per_input=True, columns=True):
         new = count + len(h)
         for name, value in per_input(through, likelihood, h).items():
             center = value.mean(0)

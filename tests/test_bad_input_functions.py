@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -289,3 +290,21 @@ def test_functions(row):
     assert MODEL.training == mode
     assert not any(module._forward_hooks for module in MODEL.modules())
     assert all(p.grad is None for p in MODEL.parameters())
+
+
+def test_an_array_is_no_variance():
+    with pytest.raises(ValueError, match=r"variance=array\(\[0.5, 1. \]\): pass a positive number or 'estimated'"):
+        fishopt.Gaussian(np.array([0.5, 1.0]))
+
+
+def test_the_default_device_is_of_no_effect():
+    """Where the model and the inputs are is where all is computed."""
+    functions = (
+        lambda: fisher(estimator="exact"),
+        lambda: fishopt.label_variance(MODEL, X, CE, estimator="I1"),
+        lambda: [one.scores for one in fishopt.select_estimators(MODEL, X, CE, criterion="efficiency")],
+    )
+    expected = [function() for function in functions]
+    with torch.device("meta"):
+        found = [function() for function in functions]
+    assert str(found) == str(expected)

@@ -1,10 +1,13 @@
 """I2 and the selection on networks of any kind: a finite choice with its reason, exact values, or a clear refusal."""
 
 import math
+import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune, weight_norm
 
 import fishopt
 from fishopt.batch import Batch
@@ -111,3 +114,43 @@ def test_i2_in_one_call_on_any_of_them():
         inputs = tuple(x.double() if x.is_floating_point() else x for x in network.inputs(4))
         found = fishopt.fisher_diagonal(model, inputs, "gaussian", estimator="I2")
         assert all(value.isfinite().all() for value in found.values()), name
+
+
+def _chains():
+    """Networks whose modules BackPACK knows by class, but not with these settings."""
+    below, above = (nn.Conv2d(1, 2, 2), nn.Tanh()), (nn.Flatten(), nn.Tanh())
+    yield "divisor", nn.Sequential(*below, nn.AvgPool2d(2, divisor_override=3), *above, nn.Linear(2, 3))
+    yield "ceiling", nn.Sequential(*below, nn.AvgPool2d(2, ceil_mode=True), *above, nn.Linear(8, 3))
+    pruned = nn.Sequential(nn.Flatten(), nn.Linear(25, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    prune.random_unstructured(pruned[1], "weight", amount=0.5)
+    yield "pruned", pruned
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(25, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        weight_norm(normed[3])
+    yield "normed", normed
+
+
+@pytest.mark.parametrize("name", ["divisor", "ceiling", "pruned", "normed"])
+def test_chains_that_are_not_as_backpack_takes_them(name):
+    """As the same network where it is no chain of modules."""
+    torch.manual_seed(0)
+    side = 4 if name in ("divisor", "ceiling") else 5
+    model = dict(_chains())[name]
+    x = torch.randn(3, 1, side, side)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x) + 0.0
+
+    for function in (fishopt.label_variance, fishopt.variance_bound):
+        found = function(model, x, "categorical", estimator="I2")
+        expected = function(Wrapped(), x, "categorical", estimator="I2")
+        assert_close(
+            found, {key.removeprefix("inner."): value for key, value in expected.items()}, rtol=1e-3, atol=1e-7
+        )
+    assert fishopt.select_estimators(model, x, "categorical")

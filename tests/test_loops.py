@@ -158,7 +158,7 @@ def test_schedulers_equal_hyperparameters_set_by_hand(kind, name):
     other = Run(kind)
     for step, options in enumerate(used):
         other.optimizer.param_groups[0].update(options)
-        other.optimizer._plan = None  # nothing is kept from the step before
+        other.optimizer._sorting = None  # nothing is kept from the step before
         other.steps(1, start=step)
     assert_same(run, other)
 

@@ -79,7 +79,7 @@ def test_a_step_is_float32s_rounded_once(monkeypatch, kind, dtype, maximize):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         for name, value in optimizers[1].state[q].items():
             assert torch.equal(torch.as_tensor(optimizers[0].state[p][name]), torch.as_tensor(value))
-    assert len(optimizers[0]._plan.buckets) > len(optimizers[1]._plan.buckets)
+    assert len(optimizers[0]._sorting.buckets) > len(optimizers[1]._sorting.buckets)
 
 
 @both

@@ -54,3 +54,16 @@ def test_picture(tmp_path):
     path = _trained(criterion="bound").report().plot(tmp_path / "choices.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
+
+
+def test_names_are_no_markup():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("[/x]", nn.Linear(6, 4))
+    model.add_module("[head]", nn.Linear(4, 3))
+    optimizer = fishopt.FisherAdam(model, nn.CrossEntropyLoss())
+    nn.functional.cross_entropy(model(torch.randn(16, 6)), torch.randint(0, 3, (16,))).backward()
+    optimizer.step()
+    text = str(optimizer.report())
+    assert "[/x]" in text
+    assert "[head]" in text

@@ -12,7 +12,7 @@ from fishopt.optim import averaging, buckets
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment
 from fishopt.optim.fused import has_nesterov
-from tests.schedule_free_setup import _offset, _start
+from tests.schedule_free_setup import _evaluate, _offset, _start, _train
 
 SHAPES = {"vector": (7,), "matrix": (5, 9), "scalar": (), "empty": (0,), "conv": (4, 6, 3, 3), "large": (300, 1001)}
 
@@ -235,3 +235,55 @@ def test_the_learning_rate_by_itself(options, lr):
 def test_bad_options_are_refused():
     with pytest.raises(TypeError, match="schedule_free=1"):
         _start(schedule_free=1)
+
+
+def test_betas_that_change_leave_average_and_iterate_where_they_are():
+    """As OneCycleLR changes them by itself; gradients are then taken elsewhere between the same two."""
+    model, optimizer = _start(lr=0.05)
+    _train(model, optimizer, 20)
+    optimizer.eval()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["betas"] = (0.5, 0.95)
+    optimizer.train()
+    optimizer.eval()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.train()
+    ends = [old.double() + _offset(optimizer.state[p]) for p, old in zip(model.parameters(), before, strict=True)]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.step()  # nothing but the change: the last iterate stays, and has its share in the average once more
+    share = 1 / next(iter(optimizer.state.values()))["averaged"]
+    averages = [(1 - share) * old.double() + share * z for old, z in zip(before, ends, strict=True)]
+    for p, x, z in zip(model.parameters(), averages, ends, strict=True):
+        torch.testing.assert_close(p.detach().double(), (x + z) / 2, rtol=0, atol=1e-6)
+    optimizer.eval()
+    for p, x in zip(model.parameters(), averages, strict=True):
+        torch.testing.assert_close(p.detach().double(), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+def test_evaluation_leaves_training_alone_whatever_a_scheduler_does(scheduler):
+    ends = []
+    for evaluates in (False, True):
+        model, optimizer = _start(lr=0.02)
+        how = {"total_steps": 30} if scheduler == "OneCycleLR" else {"base_lr": 0.01, "step_size_up": 5}
+        schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, max_lr=0.03, **how)
+        for step in range(30):
+            _train(model, optimizer, 1, start=step)
+            if evaluates:
+                _evaluate(model)
+                model.train()
+            schedule.step()
+        optimizer.eval()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_averaging_that_is_put_into_a_group_by_hand_is_seen_by_evaluation():
+    model, optimizer = _start(schedule_free=False)
+    optimizer.param_groups[0]["schedule_free"] = True
+    _train(model, optimizer, 20)
+    trained = [p.detach().clone() for p in model.parameters()]
+    _evaluate(model)
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), trained, strict=True))

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import fishopt
-from fishopt.spectrum import fisher_vector_product
+from fishopt.diagnostics.measures import condition_number
+from fishopt.spectrum import fisher_gram, fisher_vector_product, spectrum
 from tests.asserts import assert_close
 from tests.cases import CASES, Case
 from tests.spectrum_setup import _dense, _directions, _flat
@@ -64,3 +65,20 @@ def test_rows_of_padding_do_not_move():
     for vector in _directions(model):
         found = fisher_vector_product(model, x, "categorical", vector)
         torch.testing.assert_close(_flat(found), scores.T @ (scores @ _flat(vector)), rtol=1e-8, atol=1e-12)
+
+
+def test_what_is_lost_in_rounding_is_zero():
+    """Scores that differ in length by ten orders of magnitude: the smallest eigenvalues are not to be had."""
+    torch.manual_seed(0)
+    for dtype, scale in ((torch.float32, 30.0), (torch.float64, 20.0)):
+        model, x = nn.Linear(6, 3).to(dtype), torch.randn(8, 6, dtype=dtype)
+        with torch.no_grad():
+            y = model(x).argmax(1)
+            model.weight.mul_(3)
+            x[:4] *= scale
+        found = spectrum(model, x, "categorical", estimator="empirical", targets=y)
+        values = found.eigenvalues
+        assert (values > len(x) * torch.finfo(torch.float64).eps * values[0]).all()
+        assert 1 <= found.condition_number < 1e16
+        gram = fisher_gram(model, x, "categorical", estimator="empirical", targets=y)
+        assert condition_number(gram) == pytest.approx(found.condition_number**0.5, rel=1e-4)

@@ -7,9 +7,13 @@ import copy
 import io
 import pickle
 
+import numpy as np
+import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import fishopt
 from tests.torch_contract_setup import _build, _closure, _linear, _same, _train, _weights, configured, each
 
 # --- state ---
@@ -195,3 +199,52 @@ def test_load_state_dict_hooks(info):
     optimizer.load_state_dict(state)
     assert order == [0.001, 0.002, 0.002]
     assert state["param_groups"][0]["lr"] == optimizer.defaults["lr"]
+
+
+@pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])
+def test_a_state_that_is_cleared_is_begun_anew(kind):
+    """As `torch.optim` does it, in the next step."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = kind(model, loss_fn)
+    for step in range(16):
+        if step == 13:  # between two refreshes
+            optimizer.state.clear()
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+        optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} == {3}
+
+
+def test_what_wrappers_keep_in_the_state_keeps_its_type():
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = fishopt.FisherAdam(model, loss_fn)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+        optimizer.step()
+        for p in model.parameters():
+            optimizer.state[p].setdefault("mask", p > 0)
+            optimizer.state[p].setdefault("count", torch.tensor(2**24 + 1))
+    for p in model.parameters():
+        assert optimizer.state[p]["mask"].dtype == torch.bool
+        assert optimizer.state[p]["count"] == 2**24 + 1
+
+
+def test_numpy_numbers_are_numbers():
+    """A scheduler's function may return them."""
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    options = {"lr": np.float32(0.5), "weight_decay": np.float32(0.1), "damping": np.float16(0.5), "clip": np.int64(2)}
+    optimizer = fishopt.FisherAdam(model, loss_fn, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.float32(0.5))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="lr="):
+        fishopt.FisherAdam(model, loss_fn, lr=np.float32("nan"))
+    with pytest.raises(ValueError, match="lr="):
+        fishopt.FisherAdam(model, loss_fn, lr=np.bool_(True))

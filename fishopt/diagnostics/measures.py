@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fishopt.batch import Batch
-from fishopt.eigenvalues import numerical_rank
+from fishopt.eigenvalues import nonzero_eigenvalues
 from fishopt.passes import Diagonal, add, trace
 from fishopt.variance import first_order_sums
 
@@ -65,11 +64,8 @@ def condition_number(gram: Tensor) -> float:
     Returns:
         At least 1; NaN where all rows are zero.
     """
-    rank = numerical_rank(gram)
-    if not rank:
-        return math.nan
-    values = torch.linalg.eigvalsh(gram.double())
-    return float((values[-1] / values[-rank].clamp_min(0)).sqrt())
+    values = nonzero_eigenvalues(gram)
+    return float((values[0] / values[-1]).sqrt()) if len(values) else math.nan
 
 
 def gradient_moments(gram: Tensor, batch_size: int) -> tuple[float, float]:

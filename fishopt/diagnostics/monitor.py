@@ -102,7 +102,7 @@ class TrainingMonitor:
         self._recorder = Watch(optimizer)
         hooks = [model.register_forward_hook(self._recorder, with_kwargs=True)]
         if isinstance(loss_fn, nn.Module):
-            hooks.append(loss_fn.register_forward_hook(LossHook(self._recorder)))
+            hooks.append(loss_fn.register_forward_hook(LossHook(self._recorder), with_kwargs=True))
         hooks.append(optimizer.register_step_pre_hook(self._before_step))
         hooks.append(optimizer.register_step_post_hook(lambda *_: self._recorder.prepare(self.steps % self.every == 0)))
         self._hooks = ExitStack()
@@ -123,7 +123,8 @@ class TrainingMonitor:
     @property
     def condition(self) -> float:
         """The mean of ``C_k`` over the steps measured; NaN if there are none."""
-        return sum(one.condition for one in self.history) / len(self.history) if self.history else math.nan
+        known = [one.condition for one in self.history if math.isfinite(one.condition)]
+        return sum(known) / len(known) if known else math.nan
 
     @property
     def length(self) -> float:

@@ -82,7 +82,8 @@ class BatchSizeSchedule(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """One pass over the data."""
-        order = torch.randperm(self._count, generator=self._generator).tolist()
+        device = "cpu" if self._generator is None else self._generator.device
+        order = torch.randperm(self._count, generator=self._generator, device=device).tolist()
         while order:
             taken = _taken(len(order), self.size)
             rows, order = order[:taken], order[taken:]

@@ -55,7 +55,10 @@ class Quartic(NamedTuple):
 class Likelihood(ABC):
     """An exponential family over labels, with a network's output as its natural parameters.
 
-    Subclass it for labels whose components depend on each other; `Independent` is less work where they do not.
+    Subclass it for labels whose components depend on each other; `Independent` is less work where they do not. The six
+    abstract methods are enough. Override others where a closed form is at hand, above all `radius`, without which
+    bounds on variances are infinite; `natural`, to refuse outputs that are no natural parameters; and `valid_targets`,
+    to refuse labels outside the support.
 
     Attributes:
         reduction: How the training loss averages the negative log-likelihood: over observations ("batchmean"), over
@@ -86,32 +89,21 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Labels drawn from the model, ``samples`` for each input: ``[M, N]`` or ``[M, N, T]``."""
+        """Labels drawn from the model, ``samples`` for each input: ``[M, N]`` or ``[M, N, T]``, on h's device.
 
-    @abstractmethod
-    def covariance_diagonal(self, h: Tensor) -> Tensor:
-        """The diagonal of I(h|x) = Cov[t(y)]: ``[N, T]``."""
+        Args:
+            h: Natural parameters, ``[N, T]``.
+            samples: Labels for each input, M.
+            generator: The source of randomness, which may live on another device: `uniform` takes care of that.
+        """
 
     @abstractmethod
     def apply_factor(self, h: Tensor, v: Tensor) -> Tensor:
         """``S v`` for vectors ``v`` of shape ``[..., N, T]``, where ``S S^T = I(h|x)``."""
 
     @abstractmethod
-    def covariance_spectrum(self, h: Tensor) -> Interval:
-        """The exact smallest and largest eigenvalue of I(h|x): two ``[N]``."""
-
-    @abstractmethod
     def quartic(self, h: Tensor) -> Quartic:
         """M = K - I (x) I, in the form that turns V1 into squared VJPs."""
-
-    @abstractmethod
-    def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
-        """Bounds on the extremes of M over unit vectors (Theorem 4.1): two ``[N]``.
-
-        Args:
-            h: Natural parameters, ``[N, T]``.
-            tight: Take the tightest closed form instead of the paper's.
-        """
 
     def valid_targets(self, h: Tensor, y: Tensor) -> Tensor:
         """Labels from the data in the shape that `statistic` takes.
@@ -184,6 +176,29 @@ class Likelihood(ABC):
         """I(h|x), the Fisher information of the natural parameters: ``[N, T, T]``."""
         columns = self.factor(h)
         return torch.einsum("kna,knb->nab", columns, columns)
+
+    def covariance_diagonal(self, h: Tensor) -> Tensor:
+        """The diagonal of I(h|x) = Cov[t(y)]: ``[N, T]``."""
+        return self.factor(h).square().sum(0)
+
+    def covariance_spectrum(self, h: Tensor) -> Interval:
+        """The exact smallest and largest eigenvalue of I(h|x): two ``[N]``."""
+        values = torch.linalg.eigvalsh(self.covariance(h)).clamp_min(0)
+        return Interval(values[:, 0], values[:, -1])
+
+    def quartic_spectrum(self, h: Tensor, *, tight: bool = False) -> Interval:
+        """Bounds on the extremes of M over unit vectors (Theorem 4.1): two ``[N]``.
+
+        By Corollary 4.2 and Proposition 4.3 unless overridden.
+
+        Args:
+            h: Natural parameters, ``[N, T]``.
+            tight: Take the tightest closed form instead of the paper's, where there are two.
+        """
+        largest = self.covariance_spectrum(h).upper if tight else self.covariance_bound(h)
+        # The product is not a number where it is infinity times zero: labels that are certain.
+        upper = torch.where(largest > 0, self.radius(h) * largest, 0.0)
+        return Interval(torch.zeros_like(upper), upper)
 
     def covariance_bound(self, h: Tensor) -> Tensor:
         """An upper bound on the largest eigenvalue of I(h|x), as cheap as the mean: ``[N]``."""

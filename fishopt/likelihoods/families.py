@@ -237,7 +237,7 @@ class Gaussian(Independent):
     """
 
     def __init__(self, variance: float | str = 1.0) -> None:
-        valid = variance == "estimated" or (
+        valid = (isinstance(variance, str) and variance == "estimated") or (
             isinstance(variance, int | float)
             and not isinstance(variance, bool)
             and math.isfinite(variance)

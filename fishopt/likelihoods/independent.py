@@ -15,7 +15,8 @@ class Independent(Likelihood):
     """A family that factorises over outputs, ``F(h) = sum_a f(h_a)``, with one label ``y_a`` per output.
 
     A subclass needs two methods, `log_partition` and `sample`. The cumulants of ``t(y)`` are the derivatives of ``f``,
-    so mean, variance and fourth cumulant come from autograd; override them where a closed form is at hand.
+    so mean, variance and fourth cumulant come from autograd; override them where a closed form is at hand. Override
+    `natural` to refuse outputs outside f's domain, and `valid_targets` to refuse labels outside the support.
     """
 
     @abstractmethod

@@ -78,6 +78,8 @@ class FisherAdam(ScheduleFree):
         TypeError: If an argument is of the wrong kind.
     """
 
+    _grafts_by_default = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,7 +126,6 @@ class FisherAdam(ScheduleFree):
             output=output,
             generator=generator,
             scale=scale,
-            grafts=scale in ("auto", "gradient"),
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:

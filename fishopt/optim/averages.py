@@ -58,8 +58,8 @@ def begun(p: Tensor) -> State:
 def follow(p: Tensor, state: State) -> None:
     """Takes a state to its parameter's device and precision, which `torch.nn.Module.to` may have changed."""
     for name, value in state.items():
-        if isinstance(value, Tensor):
-            state[name] = value.to(p.device, precision(p))
+        if isinstance(value, Tensor):  # not all of it is ours: masks and counters keep their types
+            state[name] = value.to(p.device, precision(p) if value.is_floating_point() else value.dtype)
 
 
 def measure(params: Mapping[str, Tensor], states: Mapping[str, State]) -> None:

@@ -50,6 +50,8 @@ def schedule_free_update(bucket: Bucket) -> None:
     grads = laid_out_as(factors, bucket.widened(bucket.grads()))
     limits = bucket.measured(Limits, factors)(grads, group["clip"])
     stretch, share = bucket.states[0].get("stretch", UNSTRETCHED), bucket.share(lr)
+    if (held := bucket.states[0].get("beta", beta)) != beta:  # y is to be elsewhere between the same z and x
+        torch._foreach_add_(params, momenta, alpha=(beta - held) / stretch)
     nesterov = Nesterov.of(lr, beta, share, stretch) if _can_fuse(params, momenta, factors) else None
     new = settled(lr, beta, share) if nesterov is None else nesterov.stretch
     for ys, gs, ms, fs, *scales in in_parts(params, grads, momenta, factors, *([limits] if limits else [])):
@@ -66,7 +68,7 @@ def schedule_free_update(bucket: Bucket) -> None:
         torch._foreach_sub_(ys, directions, alpha=(1 - beta) * lr)
         torch._foreach_mul_(ms, (1 - share) * new / stretch)
     for state in bucket.states:
-        state["stretch"] = new
+        state["stretch"], state["beta"] = new, beta
     bucket.narrow(bucket.params, params)
 
 

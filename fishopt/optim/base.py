@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishopt.batch import check_finite, checked_inputs
+from fishopt.batch import check_finite, check_rows
 from fishopt.checks import check_whole, checked_model, checked_option
 from fishopt.estimators import ESTIMATORS
-from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim import checks
 from fishopt.optim.amp import handed_over, has_overflowed, plain_gradients, unscale_gradients, unscaled
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.averages import Average, averaged, measure
-from fishopt.optim.buckets import Bucket, Members, Plan, plan, with_gradient
+from fishopt.optim.buckets import Bucket, Members, Sorting, sort, with_gradient
 from fishopt.optim.checkpoint import TRAINED
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Estimate, Moment, Training
@@ -29,18 +28,35 @@ from fishopt.optim.pace import interval
 from fishopt.optim.portable import is_trial, make_room
 from fishopt.optim.record import Record
 from fishopt.optim.recorder import Recorder
-from fishopt.optim.resuming import Resumable
+from fishopt.optim.reporting import Reporting
 from fishopt.optim.subbatch import INPUTS
-from fishopt.optim.units import Params, known_as, members, parameter_groups, units
+from fishopt.optim.units import Params, known_as, members, parameter_groups
 from fishopt.passes import Arguments, streams_kept, unwrapped
-from fishopt.report import Report, Row
 from fishopt.selection import CRITERIA
 
 
-class FisherOptimizer(Resumable, ABC):
-    """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule."""
+class FisherOptimizer(Reporting, ABC):
+    """Base of the optimizers: a subclass adds its hyperparameters, a preconditioner and an update rule.
 
+    These are four methods, `_check_group`, `_decay`, `_preconditioner` and `_update`, of which `examples/extending.py`
+    shows the least. A parameter's state holds ``"step"``, ``"refreshes"``, ``"exp_avg"`` (zero, for the rule to use),
+    ``"fisher"`` and ``"preconditioner"``; numbers that a rule adds are named in ``_scalars``, attributes in ``_kept``.
+
+    Args:
+        model: As in `FisherAdam`.
+        likelihood: As there.
+        params: As there.
+        defaults: The rule's options, which parameter groups may name: ``"lr"`` and what it adds.
+        criterion: As in `FisherAdam`, as all that follow.
+    """
+
+    _kept: tuple[str, ...] = (
+        *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment"),
+        *("_seconds", "_readout", "_skipped", "_holds", "_scale", "_grafts"),
+    )
+    _renewed: tuple[str, ...] = ("_sorting", "_started")
     _scalars: tuple[str, ...] = ()  # what the rule keeps of a parameter besides tensors of its shape
+    _grafts_by_default = False  # whether layers have the size of their training gradients where scale is "auto"
 
     def __init__(
         self,
@@ -49,16 +65,16 @@ class FisherOptimizer(Resumable, ABC):
         params: Params,
         defaults: dict[str, Any],
         *,
-        criterion: str,
-        refresh_every: int,
-        refresh_inputs: int | None,
-        output: Any,
-        generator: torch.Generator | None,
+        criterion: str = "efficiency",
+        refresh_every: int = 50,
+        refresh_inputs: int | None = None,
+        output: Any = None,
+        generator: torch.Generator | None = None,
         scale: str = "auto",
-        grafts: bool = False,
     ) -> None:
         family, estimates_noise = training_likelihood(likelihood, scale)
-        self._scale, self._grafts = scale, grafts and (scale == "gradient" or not estimates_noise)
+        by_default = scale == "auto" and self._grafts_by_default and not estimates_noise
+        self._scale, self._grafts = scale, scale == "gradient" or by_default
         self._model = unwrapped(checked_model(model))
         self._readout = checks.readout(output)
         self._name_of = known_as(self._model, {})
@@ -67,7 +83,7 @@ class FisherOptimizer(Resumable, ABC):
         if refresh_inputs is not None:
             checks.whole("refresh_inputs", refresh_inputs)
         listed, self._layerwise = parameter_groups(params, list(self._name_of))
-        super().__init__(listed, defaults)
+        super().__init__(listed, {"estimator": "auto", "maximize": False, **defaults})
         source = checks.generator(generator, next(p.device for group in self.param_groups for p in group["params"]))
         self._curvature = Curvature(
             model,
@@ -82,7 +98,7 @@ class FisherOptimizer(Resumable, ABC):
         self._steps, self._is_fresh = 0, False
         self._holds = TRAINED
         self._skipped = Skipped()
-        self._plan: Plan | None = None
+        self._sorting: Sorting | None = None
         self._moment = Moment(1, 1.0, 1.0)
         self._seconds = 0.0
         self._started: float | None = None
@@ -166,7 +182,7 @@ class FisherOptimizer(Resumable, ABC):
             if estimate is not None:
                 self._take(estimate, trained=True)
             self._is_fresh = False
-            self._update(self._planned(members).buckets)
+            self._update(self._sorted(members).buckets)
             self._steps += 1
             self._skipped = self._skipped.after_a_step()
             self._recorder.start_anew()
@@ -193,10 +209,11 @@ class FisherOptimizer(Resumable, ABC):
                 estimated, as for ``nn.MSELoss``, and there was no backward yet.
             TypeError: If they are not tensors.
         """
-        check_finite(checked_inputs({**dict(enumerate(inputs)), **named}))
+        check_rows([*inputs, *named.values()])
+        given = Arguments(inputs, named)
+        check_finite(given)
         self._to_trained()
         started = self._start_clock()
-        given = Arguments(inputs, named)
         record = self._recorder.last
         if record is None or not record.is_of(given):
             record = Record(given, group=record and record.group)
@@ -221,38 +238,9 @@ class FisherOptimizer(Resumable, ABC):
         group = {**param_group, "params": members(param_group, self._name_of)}
         self._check_options({**self.defaults, **group})
         super().add_param_group(group)
-        self._plan = None
+        self._sorting = None
         if hasattr(self, "_recorder"):
             self._follow_model()
-
-    def report(self) -> Report:
-        """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
-        groups, wanted = self._units()
-        parameters = dict(self._model.named_parameters())
-        rows = []
-        for unit, names in groups.items():
-            held = [parameters[name] for name in names]
-            rows.append(
-                Row.of(
-                    unit,
-                    wanted[unit],
-                    self._curvature.choices.get(unit),
-                    parameters=sum(p.numel() for p in held),
-                    refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in held),
-                    ways={name: way for name in names if (way := self._curvature.way_of(name)) is not None},
-                )
-            )
-        return Report(
-            optimizer=type(self).__name__,
-            criterion=self._curvature.criterion,
-            rows=rows,
-            steps=self._steps,
-            failures=self._curvature.failures.total,
-            skipped=self._skipped.total,
-            curvature_seconds=self._curvature.seconds,
-            curvature_share=self._curvature.seconds / self._seconds if self._seconds else 0.0,
-            history=list(self._curvature.history),
-        )
 
     def _check_options(self, group: dict[str, Any]) -> None:
         checked_option("estimator", group["estimator"], ("auto", *ESTIMATORS))
@@ -270,7 +258,7 @@ class FisherOptimizer(Resumable, ABC):
             return False
         if self._steps % interval(self._steps, self._refresh_every) == 0:
             return True
-        return any(p.requires_grad for p in self._planned(members).waiting)
+        return any(p.requires_grad for p in self._sorted(members).waiting)
 
     def _last_record(self) -> Record:
         record = self._recorder.last
@@ -304,7 +292,7 @@ class FisherOptimizer(Resumable, ABC):
         if not estimate.diagonal:
             return
         started = time.perf_counter()
-        self._moment, self._plan = estimate.moment, None
+        self._moment, self._sorting = estimate.moment, None
         options = {self._name_of[p]: (p, group) for group in self.param_groups for p in group["params"]}
         params = {name: options[name][0] for name in estimate.diagonal}
         states = {name: self.state[p] for name, p in params.items()}
@@ -316,21 +304,25 @@ class FisherOptimizer(Resumable, ABC):
             state["preconditioner"] = self._preconditioner(fisher, group, state, self._moment)
         self._curvature.seconds += time.perf_counter() - started
 
-    def _planned(self, members: Members) -> Plan:
+    def _sorted(self, members: Members) -> Sorting:
         """How the parameters that have a gradient now are sorted, anew only if they are others than before."""
-        if self._plan is None or not self._plan.is_for(members):
-            self._plan = plan(members, self.state)
-        return self._plan
+        if self._sorting is None or not self._sorting.is_for(members, self.state):
+            self._sorting = sort(members, self.state)
+        return self._sorting
 
     def _can_step(self, members: Members) -> bool:
         """Whether all gradients are finite, as far as it is seen; a GradScaler has looked already."""
         refuse_sparse(members, self._name_of)
         if getattr(self, "found_inf", None) is not None:
             return not has_overflowed(self)
-        bad = not_finite(members, self._name_of, may_wait=lambda: self._is_due(members))
+        bad = not_finite(members, self._name_of, may_wait=lambda: self._may_wait(members))
         if bad:
             self._skipped = self._skipped.after(bad)
         return not bad
+
+    def _may_wait(self, members: Members) -> bool:
+        """Whether a step may wait for the device, as it does so anyway."""
+        return self._is_due(members)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -339,12 +331,6 @@ class FisherOptimizer(Resumable, ABC):
         Only where the scale is of use. Lightning does not clip gradients in mixed precision if this holds.
         """
         return self._wants_gradient() and not self._recorder.is_unscaled()
-
-    # --- groups ---
-
-    def _units(self) -> tuple[Groups, dict[str, str]]:
-        self._follow_model()
-        return units(self.param_groups, self._name_of, layerwise=self._layerwise)
 
     def _wants_gradient(self) -> bool:
         return self._curvature.estimates_noise or any(g["estimator"] == "empirical" for g in self.param_groups)

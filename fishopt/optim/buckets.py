@@ -94,29 +94,37 @@ Members = list[tuple[dict[str, Any], list[Tensor]]]
 
 
 @dataclass
-class Plan:
-    """A sorting of parameters into buckets.
+class Sorting:
+    """Parameters sorted into buckets.
 
     Attributes:
         members: What was sorted.
+        states: The optimizer's state then, and of how many parameters.
         kinds: In each group, the dtype of each of them then, and the device of the first.
         buckets: The parameters that have an estimate.
         waiting: Those that have none.
     """
 
     members: Members
+    states: tuple[Any, int]
     kinds: list[list[Any]]
     buckets: list[Bucket] = field(default_factory=list)
     waiting: list[Tensor] = field(default_factory=list)
 
-    def is_for(self, members: Members) -> bool:
-        """Whether it is a plan for just these groups and parameters, by identity, as they are."""
-        return len(members) == len(self.members) and all(
-            group is other
-            and len(params) == len(others)
-            and all(map(operator.is_, params, others))
-            and _kinds(params) == kinds
-            for (group, params), (other, others), kinds in zip(members, self.members, self.kinds, strict=True)
+    def is_for(self, members: Members, states: dict[Tensor, State]) -> bool:
+        """Whether it is of just these groups and parameters, by identity, as they are, and of this state."""
+        known, count = self.states
+        return (
+            known is states
+            and count == len(states)
+            and len(members) == len(self.members)
+            and all(
+                group is other
+                and len(params) == len(others)
+                and all(map(operator.is_, params, others))
+                and _kinds(params) == kinds
+                for (group, params), (other, others), kinds in zip(members, self.members, self.kinds, strict=True)
+            )
         )
 
 
@@ -133,7 +141,7 @@ def with_gradient(groups: Iterable[dict[str, Any]]) -> Members:
     return [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
 
 
-def plan(members: Members, states: dict[Tensor, State]) -> Plan:
+def sort(members: Members, states: dict[Tensor, State]) -> Sorting:
     """Sorts the parameters that have a gradient.
 
     Args:
@@ -141,7 +149,7 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
         states: The optimizer's state; parameters of which it counts ``"refreshes"`` have an estimate.
     """
     buckets: dict[Any, Bucket] = {}
-    found = Plan(members, [_kinds(params) for _, params in members])
+    found = Sorting(members, (states, len(states)), [_kinds(params) for _, params in members])
     rounded = 0
     for i, (group, params) in enumerate(members):
         for p in params:
@@ -153,7 +161,7 @@ def plan(members: Members, states: dict[Tensor, State]) -> Plan:
             is_rounded = p.dtype != precision(p)
             rounded += is_rounded * p.numel()
             # Contiguous ones apart, so that a few others do not decide how all are updated.
-            alike = (state["step"], *_weights(state), state.get("stretch"))
+            alike = (state["step"], *_weights(state), state.get("stretch"), state.get("beta"))
             key = (i, p.device, p.dtype, alike, p.is_contiguous(), rounded // ROUNDED)
             bucket = buckets.setdefault(key, Bucket(group, state["step"], is_rounded))
             bucket.params.append(p)

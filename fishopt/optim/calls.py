@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,29 @@ class LossCall:
     Attributes:
         module: The loss.
         targets: Its further arguments.
+        named: Those by keyword.
         view: Shape, strides, and offset in the output, of what it was called with.
         factor: What its value was multiplied by; known once there was a backward.
     """
 
     module: nn.Module
     targets: tuple[Any, ...]
+    named: dict[str, Any]
     view: tuple[torch.Size, tuple[int, ...], int]
     factor: Tensor | float = 1.0
 
     def value(self, outputs: Tensor) -> Tensor:
         """The loss of other outputs, times its factor."""
-        targets = (x.to(outputs) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.targets)
+
+        def alike(x: Any) -> Any:
+            return x.to(outputs) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        targets = [alike(x) for x in self.targets]
+        named = {name: alike(x) for name, x in self.named.items()}
         # Not by calling it: nobody is to be told.
         (shape, strides, start), outputs = self.view, outputs.contiguous()
         viewed = outputs.as_strided(shape, strides, int(outputs.storage_offset()) + start)
-        loss: Tensor = self.module.forward(viewed, *targets)
+        loss: Tensor = self.module.forward(viewed, *targets, **named)
         return loss * self.factor
 
 
@@ -42,29 +50,34 @@ class Tag:
         record: What is kept of the forward that it came from.
     """
 
-    def __init__(self, record: Any = None, start: int = 0) -> None:
-        self.record, self._start = record, start
+    def __init__(self, record: Any = None, start: int = 0, version: int = 0) -> None:
+        self.record, self._start, self._version = record, start, version
 
     @classmethod
     def put(cls, output: Tensor, key: str, record: Any) -> None:
         """Tags an output whose elements lie in memory as in a copy of it."""
         if output.is_contiguous():
-            tag = cls(record, int(output.storage_offset()))
+            tag = cls(record, int(output.storage_offset()), output._version)
             for x in (output, output._base):
                 if x is not None:
                     setattr(x, key, tag)
 
     @staticmethod
     def of(x: Any, key: str) -> Tag | None:
-        """The tag of what ``x`` is a view of."""
-        found = getattr(x, key, None) if isinstance(x, Tensor) else None
-        return found if found is not None or not isinstance(x, Tensor) else getattr(x._base, key, None)
+        """The tag of what ``x`` is a view of, if that has not been changed in place since."""
+        if not isinstance(x, Tensor):
+            return None
+        found: Tag | None = getattr(x, key, None) or getattr(x._base, key, None)
+        return found if found is not None and found._version == x._version else None
 
-    def call(self, module: nn.Module, args: tuple[Any, ...]) -> LossCall:
-        """A loss module's call on it."""
-        x, *targets = args
+    def call(self, module: nn.Module, x: Tensor, targets: Sequence[Any], named: Mapping[str, Any]) -> LossCall:
+        """A loss module's call on ``x``, which it is the tag of."""
         view = x.shape, x.stride(), int(x.storage_offset()) - self._start
-        return LossCall(module, tuple(t.detach() if isinstance(t, Tensor) else t for t in targets), view)
+        return LossCall(module, tuple(map(_kept, targets)), {name: _kept(t) for name, t in named.items()}, view)
 
     def __reduce__(self) -> tuple[type[Tag], tuple[()]]:
         return Tag, ()
+
+
+def _kept(argument: Any) -> Any:
+    return argument.detach() if isinstance(argument, Tensor) else argument

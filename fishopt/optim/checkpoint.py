@@ -131,6 +131,10 @@ def check_values(own: Mapping[str, Any]) -> None:
         checked_option("state_dict['fishopt']: estimator", choice["estimator"], tuple(ESTIMATORS))
 
 
+NUMBERS = ("step", "refreshes", "averaged", "lr_max", "stretch", "beta")
+"""What a parameter's state holds as plain numbers."""
+
+
 def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> None:
     """Checks that what was loaded for each parameter is whole and of its shape.
 
@@ -142,12 +146,12 @@ def check_states(states: Mapping[Tensor, Any], names: Mapping[Tensor, str]) -> N
         shapes: dict[str, tuple[int, ...]] = {"step": (), "refreshes": (), **own}
         if not shapes.keys() & state.keys():  # wrappers around an optimizer keep things of theirs there as well
             continue
-        optional = dict.fromkeys(("peak", "energy", "averaged", "lr_max", "stretch"), ()) | {"y": tuple(p.shape)}
+        optional = dict.fromkeys((*NUMBERS, "peak", "energy"), ()) | {"y": tuple(p.shape)}
         shapes |= {name: shape for name, shape in optional.items() if name in state}
         for name, shape in shapes.items():
             value = state[name]
             where = f"state_dict['state'] of {names[p]!r}: {name}"
-            if name in ("step", "refreshes", "averaged", "lr_max", "stretch"):
+            if name in NUMBERS:
                 number(where, value, above=name == "stretch")
             elif not isinstance(value, Tensor) or value.shape != shape:
                 shown = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"={value!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ def number(
     if infinite and isinstance(value, float) and value == math.inf:
         return
     shown = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    # Torch takes no whole number of more than 64 bits.
-    real = isinstance(shown, float) or (isinstance(shown, int) and abs(shown) < 2**63 and not isinstance(shown, bool))
-    if not real or not (low < shown if above else low <= shown) or not shown < high:
+    # Numpy's numbers are some as well. Torch takes no whole number of more than 64 bits.
+    real = isinstance(shown, Real) and not isinstance(shown, bool)
+    is_long = isinstance(shown, Integral) and abs(int(shown)) >= 2**63
+    if not real or is_long or not (low < shown if above else low <= shown) or not shown < high:
         relation = ">" if above else ">="
         limit = "" if high == math.inf else f" and < {high:g}"
         raise ValueError(f"{name}={value!r}: pass a finite number {relation} {low:g}{limit}")

@@ -11,15 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fishopt.optim.recorder import LossHook, Recorder
 
-KEPT = (
-    *("_model", "_name_of", "_layerwise", "_curvature", "_refresh_every", "_steps", "_is_fresh", "_moment", "_seconds"),
-    *("_recorder", "_handle", "_loss", "_readout", "_skipped", "_holds", "_scale", "_grafts"),
-)
-"""Attributes that go along, besides torch's own three."""
-
-RENEWED = ("_plan", "_started", "_auto")
-"""Those that the copy makes anew."""
-
 
 class Shared:
     """The loss module in use: a copy of an optimizer listens to the same one, or to its copy if there is one by then.
@@ -41,7 +32,13 @@ class Copyable(torch.optim.Optimizer):
     The copy goes on as the original would, bit for bit. Copy or pickle the two together, as in
     ``copy.deepcopy((model, optimizer))``: an optimizer copied alone brings along a copy of its model that nothing else
     refers to. Hooks that the user put on the optimizer stay with the original, as with torch.optim.
+
+    A subclass names its own attributes, besides torch's three: in ``_kept`` those that go along, in ``_renewed`` those
+    that are None in the copy, which makes them anew.
     """
+
+    _kept: tuple[str, ...] = ("_recorder", "_handle", "_loss")
+    _renewed: tuple[str, ...] = ()
 
     _recorder: Recorder
     _handle: RemovableHandle
@@ -56,13 +53,16 @@ class Copyable(torch.optim.Optimizer):
 
     def _listen(self) -> None:
         if self._loss is not None:
-            # By way of the recorder, which a copy of the loss leaves behind.
-            weakref.finalize(self, self._loss.module.register_forward_hook(LossHook(self._recorder)).remove)
+            hook = LossHook(self._recorder)  # which a copy of the loss leaves behind
+            weakref.finalize(self, self._loss.module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in KEPT} | dict.fromkeys(RENEWED)
+        own = {name: vars(self)[name] for name in self._named("_kept")} | dict.fromkeys(self._named("_renewed"))
         # A recorder is copied inert, so what it holds goes along.
         return {**super().__getstate__(), **own, "recording": vars(self._recorder)}
+
+    def _named(self, which: str) -> list[str]:
+        return [name for kind in type(self).__mro__ for name in vars(kind).get(which, ())]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         recording = state.pop("recording", None)

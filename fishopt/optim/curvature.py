@@ -197,7 +197,7 @@ class Curvature:
     def _chosen(self, some: SubBatch, auto: Groups) -> list[Choice]:
         size = sum(p.numel() for p in some.shadow.parameters.values())
         two = some.first(2).batch()
-        list(two.chunks(()))  # tells the positions
+        two.look()
         batch = some.first(max(2, SELECTION_ELEMENTS // max(size * two.positions, 1))).batch()
         return choose(batch, auto, self.criterion, CANDIDATES[self.criterion], exact_up_to=0)
 

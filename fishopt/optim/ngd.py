@@ -43,9 +43,10 @@ class DiagonalNGD(FisherOptimizer):
             are then the units that an estimator is chosen for, and may name their own ``"estimator"``.
         lr: Learning rate. With ``"auto"`` there is none to tune: each step minimises a quadratic model of the loss over
             its size and the momentum, on the inputs trained on, and is undone where the loss rises. Where batches
-            differ, the models are averaged. Call the loss module that you passed, or pass a closure to ``step``. A
-            group's ``"lr"`` is then a factor of the step, 1 unless a scheduler changes it; ``momentum`` and
-            ``kl_radius`` play no part.
+            differ, the models are averaged. Call the loss module that you passed, or pass a closure to ``step``: one
+            without noise, in full precision, as losses that differ by rounding alone are what steps are judged by near
+            a minimum. A group's ``"lr"`` is then a factor of the step, 1 unless a scheduler changes it; ``momentum``
+            and ``kl_radius`` play no part.
         momentum: Decay rate, per step, of the moving average of the gradient.
         decay: Decay rate, per refresh, of the moving average of the Fisher diagonal.
         damping: Damping relative to the peak of the model's mean Fisher diagonal; with ``lr="auto"`` to its present
@@ -71,6 +72,7 @@ class DiagonalNGD(FisherOptimizer):
     """
 
     _scalars = ("peak",)
+    _renewed: tuple[str, ...] = ("_auto",)
 
     def __init__(
         self,
@@ -156,6 +158,9 @@ class DiagonalNGD(FisherOptimizer):
             refuse_scaler(self)
         return super()._can_step(members)
 
+    def _may_wait(self, members: Members) -> bool:
+        return self._is_auto or super()._may_wait(members)  # a search waits for the device in any case
+
     def _prepared(
         self,
         estimate: Estimate | None,
@@ -174,7 +179,7 @@ class DiagonalNGD(FisherOptimizer):
             # Before the search, which needs it; the search may fail.
             transaction.on_failure(self._restorer())
             self._take(estimate, trained=True)
-        if buckets := self._planned(members).buckets:
+        if buckets := self._sorted(members).buckets:
             self._follow_model()
             with streams_kept(p.device for p in self._model.parameters()):
                 self._auto.search(buckets, self._name_of, self.param_groups[0]["auto"], objective, transaction)
@@ -186,7 +191,7 @@ class DiagonalNGD(FisherOptimizer):
         def restore() -> None:
             self.state.clear()
             self.state.update(before)
-            self._moment, self._plan = moment, None
+            self._moment, self._sorting = moment, None
 
         return restore
 

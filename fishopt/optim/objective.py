@@ -43,7 +43,8 @@ class Objective:
         if self._closure is not None:
             with torch.enable_grad():
                 return _number(self._closure())
-        return sum(float(one.loss(self._replica.outputs(one.inputs))) for one in self._records)
+        with apart():
+            return sum(float(one.loss(self._replica.outputs(one.inputs))) for one in self._records)
 
     @apart()
     def along(self, directions: Sequence[Direction]) -> tuple[float, Tensor | None, Tensor]:
@@ -51,7 +52,7 @@ class Objective:
 
         No slopes where only a closure tells the loss.
         """
-        zeros = torch.zeros(len(directions), dtype=torch.float64)
+        zeros = torch.zeros(len(directions), dtype=torch.float64, device="cpu")
         loss, slopes, curvature = 0.0, zeros, torch.diag(zeros)
         for record in self._records:
             outputs, products = self._replica.products(record.inputs, directions)

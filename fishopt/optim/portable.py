@@ -75,5 +75,5 @@ def _tagged(value: Any) -> dict[str, str]:
 
 def _untagged(value: dict[str, Any]) -> Any:
     if value.keys() == {"uint8"}:
-        return torch.tensor(list(bytes.fromhex(value["uint8"])), dtype=torch.uint8)
+        return torch.tensor(list(bytes.fromhex(value["uint8"])), dtype=torch.uint8, device="cpu")
     return value

@@ -120,13 +120,16 @@ class Recorder:
             Tag.put(trained[0], self._key, record)
         trained[0].register_hook(partial(self._reach_output, record))
 
-    def watch_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def watch_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook on the loss: the gradient that arrives at it is what it is multiplied by."""
         if not (self._active and isinstance(output, Tensor) and output.requires_grad and output.ndim == 0):
             return
         records = signed(output, self._key)
-        tag = Tag.of(args[0], self._key) if args else None
-        call = tag.call(module, args) if tag is not None and len(records) == 1 and records[0] is tag.record else None
+        named = dict(kwargs)
+        first, *others = args or (named.pop("input", None),)
+        tag = Tag.of(first, self._key)
+        is_its = tag is not None and len(records) == 1 and records[0] is tag.record
+        call = tag.call(module, first, others, named) if tag is not None and is_its else None
         output.register_hook(partial(self._reach_loss, records, call))
 
     def _reach_loss(self, records: list[Record], call: LossCall | None, gradient: Tensor) -> None:
@@ -222,10 +225,10 @@ class LossHook:
         self._recorder = recorder
 
     @_disable_dynamo
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Watches a loss that can be differentiated."""
         if self._recorder is not None:
-            self._recorder.watch_loss(module, args, output)
+            self._recorder.watch_loss(module, args, kwargs, output)
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishopt.optim import checkpoint
 from fishopt.optim.atomic import Transaction
-from fishopt.optim.buckets import Plan
+from fishopt.optim.buckets import Sorting
 from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Moment
@@ -31,7 +31,7 @@ class Resumable(Copyable):
     _moment: Moment
     _seconds: float
     _started: float | None
-    _plan: Plan | None
+    _sorting: Sorting | None
 
     @abstractmethod
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Resumable(Copyable):
                 for name in self.defaults.keys() & old.keys():
                     group.setdefault(name, checkpoint.BEFORE.get(name, old[name]))
                 self._check_options(group)
-            self._steps, self._plan = own["steps"], None
+            self._steps, self._sorting = own["steps"], None
             self._is_fresh, self._holds, self._skipped = own["is_fresh"], own["holds"], Skipped(*own["skipped"])
             self._moment = Moment(*own["moment"])
             self._seconds, self._started = own["seconds"], None

@@ -22,9 +22,6 @@ from fishopt.optim.estimate import Estimate
 
 State = dict[str, Any]
 
-OWN = ("_wrapped", "_switch", "_switch_handles", "_awaits_weights", "_loaded", "_versions")
-"""Attributes that go along into a copy."""
-
 
 class ScheduleFree(FisherOptimizer):
     """An optimizer whose groups may have the option ``"schedule_free"``.
@@ -33,6 +30,8 @@ class ScheduleFree(FisherOptimizer):
     and y is kept in the state beside it: evaluation leaves training as it is, bit for bit. Weights that the model has
     loaded since the last step are both.
     """
+
+    _kept: tuple[str, ...] = ("_wrapped", "_switch", "_switch_handles", "_awaits_weights", "_loaded", "_versions")
 
     _wrapped: nn.Module
     _switch: Switch | None
@@ -128,6 +127,7 @@ class ScheduleFree(FisherOptimizer):
                     "build another optimizer for that, with the model as it is"
                 )
         self._loaded = set()
+        self._watch()
         return super()._prepared(estimate, members, closure, loss, transaction)
 
     def _make_room(self) -> None:
@@ -135,7 +135,7 @@ class ScheduleFree(FisherOptimizer):
         for group in self.param_groups:
             for p in group["params"] if group["schedule_free"] else ():
                 if p in self.state:
-                    self.state[p].update(lr_max=0.0, averaged=0.0, stretch=1.0)
+                    self.state[p].update(lr_max=0.0, averaged=0.0, stretch=1.0, beta=group["betas"][0])
 
     def _hook_on(self, model: nn.Module, loss: nn.Module | None) -> None:
         super()._hook_on(model, loss)
@@ -182,7 +182,8 @@ class ScheduleFree(FisherOptimizer):
             for p in group["params"] if group["schedule_free"] else ():
                 if p in self.state and self.state[p].get("step") and p not in self._loaded:
                     follow(p, self.state[p])
-                    yield p, self.state[p], (group["betas"][0] - 1) / self.state[p].get("stretch", UNSTRETCHED)
+                    state = self.state[p]
+                    yield p, state, (state.get("beta", group["betas"][0]) - 1) / state.get("stretch", UNSTRETCHED)
 
     def _put_averages_in(self, holds: str) -> None:
         with Transaction() as transaction, apart(), torch.no_grad():
@@ -201,10 +202,6 @@ class ScheduleFree(FisherOptimizer):
                 state.pop("y", None)
                 p.copy_(y)
             self._holds = TRAINED
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in OWN}
-        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

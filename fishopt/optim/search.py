@@ -28,6 +28,9 @@ TRIALS = 8
 POOR, GOOD = 0.25, 0.75
 """What the loss fell by over what was predicted: below, the damping grows; above, it shrinks."""
 
+ROUNDING = 16
+"""Rounding units that two values of the loss may differ by and be the same: near a minimum no step changes more."""
+
 WORSE, BETTER, UNDONE = 2.25, 1 / 1.5, 4.0
 """By what factors, and by what after a step that was undone."""
 
@@ -77,11 +80,11 @@ class Memory(NamedTuple):
 
     def after(self, model: Quadratic) -> tuple[Quadratic, Self]:
         """The average with one more model, of directions of length one, and the memory of it."""
-        if len(model.slopes) == 1:
+        if len(model.slopes) == 1 or not all(bool(part.isfinite().all()) for part in model):
             return model, self
         (a, b), (aa, ab, bb), c = self.slopes, self.curvature, self.metric
         entries = [a, b], [[aa, ab], [ab, bb]], [[1, c], [c, 1]]
-        old = Quadratic(*(torch.tensor(x, dtype=torch.float64) for x in entries))
+        old = Quadratic(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in entries))
         new = old.mixed(model, max(1 / (self.averaged + 1), 1 - AVERAGE))
         (aa, ab), (_, bb) = new.curvature.tolist()
         a, b = new.slopes.tolist()
@@ -126,15 +129,16 @@ def search(point: Point, objective: Objective, memory: Memory, undo: Transaction
     unit = model.metric.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     average, memory = memory.after(model.scaled(unit))
     chosen = model.scaled(unit) if math.isclose(value, memory.loss, rel_tol=SAME) else average
-    damping = memory.damping
+    damping, slack = memory.damping, ROUNDING * torch.finfo(point.gradient.dtype).eps * abs(value)
     for _ in range(TRIALS):
         c = chosen.minimum(damping) * unit * point.rate
-        step = c.to(directions) @ directions
+        step = (c.to(directions)[:, None] * directions).sum(0)  # not a product, which autocast would round
         _put(point.params, map(torch.add, origin, split(step, point.params)))
         predicted = model.change(c)
+        gap = gap if abs(predicted) > slack else 0.0  # what is left of the gradient is rounding
         risen = objective.value() + _penalty(point, theta + step) - value
-        if math.isfinite(risen) and risen <= model.allows(c):
-            memory = memory._replace(damping=_adapted(damping, risen, predicted), loss=value + risen)
+        if math.isfinite(risen) and risen <= model.allows(c) + slack:
+            memory = memory._replace(damping=_adapted(damping, risen, predicted, slack), loss=value + risen)
             return Found(step, memory, gap)
         damping = min(damping * UNDONE, MOST)
         _put(point.params, origin)
@@ -164,7 +168,9 @@ def _penalty(point: Point, theta: Tensor) -> float:
     return float((point.decay * theta.square()).sum()) / 2
 
 
-def _adapted(damping: float, risen: float, predicted: float) -> float:
+def _adapted(damping: float, risen: float, predicted: float, slack: float) -> float:
+    if abs(predicted) <= slack:  # too little for the loss to tell how good the model is
+        return max(damping * BETTER, LEAST) if predicted else damping
     ratio = risen / predicted if predicted < 0 else 0.0
     factor = WORSE if ratio < POOR else BETTER if ratio > GOOD else 1.0
     return min(max(damping * factor, LEAST), MOST)

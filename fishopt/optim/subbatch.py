@@ -65,7 +65,9 @@ class SubBatch:
             )
         inputs, recent, counted = record.inputs, record.inputs.count - record.recent, record.mask
         if shadow.structure(in_full_precision(inputs.take(slice(recent, None)))).needs_all:
-            return cls(shadow, likelihood, inputs, torch.arange(recent, inputs.count), counted, is_whole=True)
+            return cls(
+                shadow, likelihood, inputs, torch.arange(recent, inputs.count, device="cpu"), counted, is_whole=True
+            )
         rows = torch.randperm(inputs.count, generator=generator, device=generator.device)
         labels = None if counted is None else counted.reshape(inputs.count, -1).sum(1).to(rows.device)
         if labels is not None:

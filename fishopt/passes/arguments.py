@@ -50,7 +50,7 @@ class Arguments:
 
     def first(self, count: int) -> Self:
         """The first ``count`` inputs, repeated if there are fewer."""
-        return self.take(torch.arange(count) % max(self.count, 1))
+        return self.take(torch.arange(count, device="cpu") % max(self.count, 1))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """``function`` of each tensor."""

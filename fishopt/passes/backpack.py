@@ -171,8 +171,14 @@ class _NoCurvature(ModuleExtension):
 
 
 def _is_known(module: nn.Module) -> bool:
-    # BackPACK looks rules up by exact class, and unfolds inputs as if they were padded with zeros.
-    return type(module) in _KNOWN and pads_with_zeros(module)
+    """Whether BackPACK does all that a module does.
+
+    It looks rules up by exact class, unfolds inputs as if they were padded with zeros, averages whole windows by their
+    size, and takes weights for parameters, which those that a hook computes are not.
+    """
+    has_own_weights = set(module._parameters) <= {"weight", "bias"} and not module._forward_pre_hooks
+    whole_windows = not getattr(module, "ceil_mode", False) and getattr(module, "divisor_override", None) is None
+    return type(module) in _KNOWN and pads_with_zeros(module) and has_own_weights and whole_windows
 
 
 def _extended(shadow: Shadow) -> nn.Module:

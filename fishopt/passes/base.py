@@ -279,4 +279,4 @@ def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
 
 
 def _weighed_squares(per_input: Diagonal, weights: Tensor) -> Diagonal:
-    return {name: torch.tensordot(weights, value.square(), dims=1) for name, value in per_input.items()}
+    return {name: torch.tensordot(weights.to(value.dtype), value.square(), dims=1) for name, value in per_input.items()}

@@ -89,7 +89,7 @@ def coverage_of(shadow: Shadow, inputs: Arguments) -> Coverage:
 
 def _cover(shadow: Shadow, inputs: Arguments, names: list[str], ways: dict[str, str]) -> Coverage:
     # One of them twice: a network that sorts its inputs, or turns them round, cannot but change this order.
-    some = inputs.take(torch.tensor([0, 1, 0, 2]) % inputs.count)
+    some = inputs.take(torch.tensor([0, 1, 0, 2], device="cpu") % inputs.count)
     expected = _Expected(shadow, some, names)
     trace, activations = _trace(shadow, inputs) if shadow.turns < MAX_TURNS else (None, 0)
     rest = names
@@ -155,8 +155,7 @@ class _Expected:
         shadow.require(shadow.names)
         with torch.enable_grad(), _steady():
             h = shadow.run(inputs, Widening())
-        noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self._column = noise.to(h).reshape(len(h), -1)
+        self._column = _noise(h).reshape(len(h), -1)
         self._squares: dict[str, list[Tensor]] = {name: [] for name in names}
         own = [shadow.parameters[name] for name in names]
         for n in range(len(h)):
@@ -205,6 +204,12 @@ class _Expected:
         allowed = TOLERANCE * torch.finfo(expected.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected)
         allowed += self._rounding * expected.numel() ** 0.5
         return bool(torch.linalg.vector_norm(found[name] - expected) <= allowed)
+
+
+def _noise(like: Tensor) -> Tensor:
+    """The same numbers each time, whatever device tensors are made on by default."""
+    source = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(like.shape, generator=source, dtype=torch.float64, device="cpu").to(like)
 
 
 @contextmanager
@@ -289,7 +294,7 @@ def _ordered(places: list[Place | None], contacts: list[Contact], h: Tensor) -> 
     if not merged:
         return places
     edges = [edge for i in merged for edge in contacts[i].edges]
-    columns = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(h)
+    columns = _noise(h)
     found = []
     for row in (0, 2):  # the first and the last of three
         cotangent = torch.zeros_like(h)

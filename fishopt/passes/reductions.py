@@ -64,7 +64,7 @@ def quartic(shares: Tensor, weights: Tensor) -> tuple[Reduction, ...]:
 
 
 def _scaled(values: Tensor, weights: Tensor) -> Tensor:
-    return values * weights.reshape(*weights.shape, *[1] * (values.ndim - 2))
+    return values * weights.to(values.dtype).reshape(*weights.shape, *[1] * (values.ndim - 2))
 
 
 def _weigh(values: Tensor, weights: Tensor) -> Tensor:

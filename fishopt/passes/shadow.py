@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fishopt.passes.arguments import Arguments
 from fishopt.passes.structure import Structure, analyse
@@ -28,8 +28,8 @@ Readout = Callable[[Any], Any]
 class Shadow:
     """A copy of a module tree whose parameters share storage with the original.
 
-    Parameters in half precision have copies in float32 instead, and buffers have copies too, since a forward may change
-    them; `sync` brings both up to date.
+    Parameters in half precision have copies in float32 instead. What a forward may change has copies too: buffers,
+    tensors that modules keep as plain attributes, and embeddings that it renormalises. `sync` brings all up to date.
 
     Attributes:
         module: The copy.
@@ -91,12 +91,15 @@ class Shadow:
         return all(_look(module) == look for module, look in self._looks)
 
     def sync(self) -> None:
-        """Takes over what the original's buffers and half precision parameters have become.
+        """Takes over what the original has become, in what is not shared with it.
 
         While something is in doubt the network is looked at anew, after ever more batches.
         """
         for one in self._copies:
             one.update()
+        mine = {id(p): self.parameters[name] for name, p in self._originals.items()}
+        for owner, copied in zip(self._model.modules(), self.module.modules(), strict=True):
+            vars(copied).update(_renewed(owner, mine))
         self._syncs += 1
         if self.in_doubt and self._syncs.bit_count() == 1:
             self.forget()
@@ -174,10 +177,13 @@ def _shadow_of(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(widened(p.detach()), requires_grad=False)
     for module in model.modules():
+        if getattr(module, "max_norm", None) is not None:  # an embedding, whose forward renormalises its rows
+            own = module.parameters(recurse=False)
+            memo.update((id(p), nn.Parameter(widened(p.detach()).clone(), requires_grad=False)) for p in own)
         # Hooks may hold anything, the optimizer itself included: none of it is to be copied.
         memo.update((id(hooks), OrderedDict()) for key, hooks in vars(module).items() if "_hooks" in key)
         memo.update((id(x), widened(x.detach()).clone()) for x in module._buffers.values() if x is not None)
-        memo.update((id(x), widened(x.detach())) for x in _kept(module) if id(x) not in memo)
+        memo.update((id(x), widened(x.detach()).clone()) for x in _kept(module) if id(x) not in memo)
     for module in model.modules():
         kept = OrderedDict((k, hook) for k, hook in module._forward_pre_hooks.items() if _computes_weights(hook))
         memo[id(module._forward_pre_hooks)] = kept
@@ -191,9 +197,35 @@ def _shadow_of(model: nn.Module) -> nn.Module:
 
 def _kept(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that a module keeps as plain attributes, or in lists and dicts there: activations, mostly."""
+    return (x for x in tree_leaves(list(_plain(module).values())) if isinstance(x, Tensor))
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are tensors, or lists, tuples and dicts."""
     own = {"_parameters", "_buffers", "_modules"}
-    plain = [value for name, value in vars(module).items() if name not in own and "_hooks" not in name]
-    return (x for x in tree_leaves(plain) if isinstance(x, Tensor))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor | list | tuple | dict) and name not in own and "_hooks" not in name
+    }
+
+
+def _renewed(module: nn.Module, mine: dict[int, Tensor]) -> dict[str, Any]:
+    """Plain attributes that hold tensors and else numbers and words, as copies; parameters among them as ``mine``.
+
+    Others may hold modules, whose copies are in the shadow already.
+    """
+
+    def copied(x: Any) -> Any:
+        return mine.get(id(x), widened(x.detach()).clone()) if isinstance(x, Tensor) else x
+
+    found = {name: value for name, value in _plain(module).items() if isinstance(value, Tensor) or value}
+    leaves = {name: tree_leaves(value) for name, value in found.items()}
+    return {
+        name: tree_map(copied, found[name])
+        for name, own in leaves.items()
+        if any(isinstance(x, Tensor) for x in own) and all(isinstance(x, (Tensor, *_PLAIN)) for x in own)
+    }
 
 
 def widened(x: Tensor) -> Tensor:
@@ -202,8 +234,8 @@ def widened(x: Tensor) -> Tensor:
 
 
 def _computes_weights(hook: object) -> bool:
-    """Whether a forward pre-hook is part of the computation, as in `torch.nn.utils.weight_norm`."""
-    return type(hook).__module__.startswith("torch.nn.utils")
+    """Whether a forward pre-hook is part of the computation, as in `torch.nn.utils.weight_norm`; or one's subclass."""
+    return any(kind.__module__.startswith("torch.nn.utils") for kind in type(hook).__mro__)
 
 
 def _look(module: nn.Module) -> tuple[Any, ...]:

@@ -67,6 +67,7 @@ class Structure:
             between its output and ``h``: the second derivatives of ``h`` in that output are a diagonal matrix
             (Remark 4.5).
         needs_all: Whether the network runs on whole batches alone.
+        outputs: Numbers that it puts out for each input.
     """
 
     names: tuple[str, ...]
@@ -76,6 +77,7 @@ class Structure:
     separable: frozenset[str]
     diagonal: frozenset[str]
     needs_all: bool
+    outputs: int
 
 
 def analyse(
@@ -117,6 +119,7 @@ def analyse(
         separable=where(graph.separable),
         diagonal=where(graph.curved & ~graph.crossed),
         needs_all=needs_all,
+        outputs=outputs.numel() // max(len(outputs), 1),
     )
 
 
@@ -143,8 +146,10 @@ def _forward(run: Callable[[Arguments], Any], inputs: Arguments) -> tuple[Any, b
 
 def _of_more(run: Callable[[Arguments], Any], inputs: Arguments, outputs: Any) -> Any:
     """The output for more inputs than two; what is known of two, where there is not the memory or anything fails."""
+    if inputs.count <= 2:
+        return outputs
     try:
-        return run(inputs.first(LOOKED_AT))
+        return run(inputs.first(min(LOOKED_AT, inputs.count)))
     except Exception:  # noqa: BLE001 - a user's network may raise anything
         return outputs
 
