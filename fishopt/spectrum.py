@@ -113,7 +113,7 @@ def fisher_vector_product(
         TypeError: If one is of the wrong kind.
     """
     batch, _ = request(model, inputs, likelihood, "exact", MATRICES, 1, targets, None)
-    return _product(batch, _checked_vector(batch, vector), lambda family, h, v, rows: _information(family, h, v))
+    return _product(batch, _checked_vector(batch, vector), _information)
 
 
 Between = Callable[[Likelihood, Tensor, Tensor, slice], Tensor]
@@ -134,7 +134,7 @@ def _product(batch: Batch, vector: Mapping[str, Tensor], between: Between) -> Di
     return {name: value / batch.observations for name, value in total.items()}
 
 
-def _information(likelihood: Likelihood, h: Tensor, v: Tensor) -> Tensor:
+def _information(likelihood: Likelihood, h: Tensor, v: Tensor, rows: slice) -> Tensor:
     """``I(h|x) v = S S^T v``, S^T as the transpose of what the family gives as S."""
     e = torch.zeros_like(h, requires_grad=True)
     with torch.enable_grad():
@@ -268,7 +268,7 @@ def _square(batch: Batch, draw: Draw, estimator: str) -> tuple[Between, float]:
     if estimator == "exact":
         plan = by_structure({"exact": batch.names}, batch.structure, batch.coverage)
         found = estimate(batch, plan, draw)
-        return lambda family, h, v, rows: _information(family, h, v), trace(found)
+        return _information, trace(found)
     parts, total = [], 0.0
     for through, likelihood, h, rows in batch.chunks(batch.names):
         parts.append(_columns(likelihood, h, draw.rows(rows), estimator))

@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import fishopt
 from fishopt.optim.atomic import Transaction
-from fishopt.passes.base import quiet_fallbacks
+from fishopt.passes.batching import quiet_fallbacks
 
 KINDS = {
     "FisherAdam": fishopt.FisherAdam,

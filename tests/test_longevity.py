@@ -15,7 +15,7 @@ from backpack.context import CTX
 from torch import nn
 
 import fishopt
-from fishopt.passes.base import quiet_fallbacks
+from fishopt.passes.batching import quiet_fallbacks
 from tests import soak
 
 both = pytest.mark.parametrize("kind", [fishopt.FisherAdam, fishopt.DiagonalNGD])

@@ -40,7 +40,7 @@ class Positions(Likelihood):
         return f"{self._base!r} at {self.positions} positions"
 
     def nll(self, h: Tensor, y: Tensor) -> Tensor:
-        return self._counted(self._base.nll(self._rows(h), self._flat(y)).reshape(len(h), -1)).sum(-1)
+        return self._masked(self._base.nll(self._rows(h), self._flat(y)).reshape(len(h), -1)).sum(-1)
 
     def mean(self, h: Tensor) -> Tensor:
         return self._joined(self._base.mean(self._rows(h)))
@@ -88,10 +88,10 @@ class Positions(Likelihood):
         return Interval(lower.amin(-1), upper.amax(-1))
 
     def covariance_bound(self, h: Tensor) -> Tensor:
-        return self._counted(self._base.covariance_bound(self._rows(h)).reshape(len(h), -1)).amax(-1)
+        return self._masked(self._base.covariance_bound(self._rows(h)).reshape(len(h), -1)).amax(-1)
 
     def radius(self, h: Tensor) -> Tensor:
-        return self._counted(self._base.radius(self._rows(h)).reshape(len(h), -1)).sum(-1)
+        return self._masked(self._base.radius(self._rows(h)).reshape(len(h), -1)).sum(-1)
 
     def quartic(self, h: Tensor) -> Quartic:
         """M of a sum of independent terms [ours].
@@ -154,12 +154,12 @@ class Positions(Likelihood):
         """Labels in the base family's shape."""
         return y.flatten(-3, -2) if y.is_floating_point() else y.flatten(-2)
 
-    def _counted(self, values: Tensor) -> Tensor:
+    def _masked(self, values: Tensor) -> Tensor:
         """``[N, P]``, zero where a position does not count."""
         return values if self._mask is None else values.masked_fill(~self._mask, 0.0)
 
     def _of_blocks(self, interval: Interval, h: Tensor) -> Interval:
-        return Interval(*(self._counted(end.reshape(len(h), -1)) for end in interval))
+        return Interval(*(self._masked(end.reshape(len(h), -1)) for end in interval))
 
     def _count(self, h: Tensor) -> Tensor | int:
         """Positions that count, for each input; 1 where none does, and all is zero."""

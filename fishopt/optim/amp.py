@@ -32,7 +32,7 @@ def handed_over(optimizer: torch.optim.Optimizer) -> Tensor | None:
 def unscaled(optimizer: torch.optim.Optimizer, record: Record) -> Record:
     """What was trained on as if no GradScaler had multiplied the loss, where it has handed its scale over."""
     scale = handed_over(optimizer)
-    return record if scale is None else record.over(scale)
+    return record if scale is None else record.divided_by(scale)
 
 
 def plain_gradients(optimizer: torch.optim.Optimizer, record: Record, reduction: str) -> list[Tensor] | None:

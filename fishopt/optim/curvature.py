@@ -18,7 +18,7 @@ from fishopt.checks import check_whole
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
-from fishopt.optim.estimate import Estimate, Moment, Part, Totals, Training
+from fishopt.optim.estimate import TINY, Estimate, Moment, Part, Totals, Training
 from fishopt.optim.failures import Attempt, Failures
 from fishopt.optim.noise import Noise, squares
 from fishopt.optim.record import Record
@@ -46,9 +46,6 @@ NO_MEMORY = "no choice: there was not the memory to compute variances"
 
 WORSE = (NETWORK, ROWS, POOLED)
 """Ways that are slow, or noisy: taken with a warning."""
-
-TINY = torch.finfo(torch.float32).tiny
-"""The least dispersion that is divided by."""
 
 
 class Curvature:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from fishopt.passes import Diagonal
+
+TINY = torch.finfo(torch.float32).tiny
+"""The least dispersion that is divided by."""
 
 
 class Moment(NamedTuple):

@@ -17,12 +17,9 @@ from fishopt.optim.auto import START, AutoStep, check_auto, refuse_distributed, 
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
 from fishopt.optim.buckets import Bucket, Members, in_parts
-from fishopt.optim.estimate import Estimate, Moment
+from fishopt.optim.estimate import TINY, Estimate, Moment
 from fishopt.optim.units import Params
 from fishopt.passes import streams_kept
-
-TINY = torch.finfo(torch.float32).tiny
-"""The least dispersion that is divided by."""
 
 
 class DiagonalNGD(FisherOptimizer):

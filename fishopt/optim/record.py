@@ -72,7 +72,7 @@ class Record:
         """Whether the losses of several micro-batches were added up, not averaged."""
         return self.parts > 1 and self.factor is not None and abs(float(self.factor) - 1) < 1e-3
 
-    def over(self, scale: Tensor) -> Record:
+    def divided_by(self, scale: Tensor) -> Record:
         """The same if the loss had not been multiplied by a scale."""
         return replace(
             self,

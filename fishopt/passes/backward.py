@@ -20,8 +20,8 @@ from fishopt.passes.base import (
     Diagonal,
     Pass,
     add,
-    quiet_fallbacks,
 )
+from fishopt.passes.batching import quiet_fallbacks
 from fishopt.passes.contacts import Place, by_function, by_rule
 from fishopt.passes.gradients import Joined, PerInput, Pulled
 from fishopt.passes.reductions import SQUARES, Reduction, fourth_powers, quartic
@@ -39,7 +39,7 @@ MAX_GRADIENTS = 2**25
 BATCHED_UP_TO = 2**20
 """Above so many numbers per column vmap gains nothing over one backward for each."""
 
-Cotangents = dict[int, list[Tensor]]
+AtContacts = dict[int, list[Tensor]]
 """Contact's number -> cotangents at each of its outputs, ``[K, *shape]``."""
 
 
@@ -186,7 +186,7 @@ class Backward(Pass, ABC):
             if any(use.contact == i for use in uses)
         ) and not any(own.merged for own in self._place(i).outputs)
 
-    def _backward(self, columns: Tensor, contacts: Sequence[int], at_once: int | None = None) -> Iterator[Cotangents]:
+    def _backward(self, columns: Tensor, contacts: Sequence[int], at_once: int | None = None) -> Iterator[AtContacts]:
         """Cotangents at the contacts' outputs, some of the columns at a time."""
         columns = columns.reshape(len(columns), *self._graph.shape)
         edges, shapes = self._ends(contacts)
@@ -251,7 +251,7 @@ class Backward(Pass, ABC):
 
     def _reduced(
         self,
-        cotangents: Cotangents,
+        cotangents: AtContacts,
         names: Sequence[str] | None,
         reduction: Reduction,
         *,
@@ -264,7 +264,7 @@ class Backward(Pass, ABC):
             if all(use.contact in cotangents for use in self._trace.uses[name])
         }
 
-    def _gradients(self, name: str, cotangents: Cotangents, power: int = 1) -> PerInput:
+    def _gradients(self, name: str, cotangents: AtContacts, power: int = 1) -> PerInput:
         count = self._inputs.count
         parts: list[PerInput] = []
         for use in self._trace.uses[name]:

@@ -12,11 +12,10 @@ themselves. A new way through the network is one subclass of `Pass`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
-from weakref import WeakSet
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -196,35 +195,6 @@ class NoSecondDerivativesError(RuntimeError):
 
 class CoupledInputsError(ValueError):
     """Derivatives per input are asked for where a network's outputs cannot be told apart by inputs."""
-
-
-@contextmanager
-def quiet_fallbacks() -> Iterator[None]:
-    """Without torch's warnings at operations that vmap takes one by one: that is known, and counted on."""
-    visit = _Visit()
-    try:
-        _switch(_visits.add, visit)
-        yield
-    finally:
-        _switch(_visits.discard, visit)
-
-
-class _Visit:
-    """Somebody who wants them off."""
-
-
-_visits: WeakSet[_Visit] = WeakSet()
-"""Torch has one switch for all threads. Weak, so that none stays behind if Ctrl-C comes at an unlucky moment."""
-
-
-def _switch(change: Callable[[_Visit], None], visit: _Visit) -> None:
-    functorch: Any = torch._C._functorch
-    change(visit)
-    # Until no other thread's change has come in between: a lock could be left held where Ctrl-C comes.
-    is_quiet = None
-    while is_quiet != bool(_visits):
-        is_quiet = bool(_visits)
-        functorch._set_vmap_fallback_warning_enabled(not is_quiet)
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vjp
 from torch.utils._pytree import tree_flatten
 
-from fishopt.passes.base import quiet_fallbacks
+from fishopt.passes.batching import over_inputs
 from fishopt.passes.gradients import Joined, Local, PerInput
 from fishopt.passes.rules import RULES, Entry
 from fishopt.passes.tracing import Contact
@@ -99,7 +99,7 @@ def by_rule(contact: Contact, place: Place, slot: int, entry: Entry, g: Tensor, 
     merged = [i for i, own in place.inputs.items() if own.merged]
     g = layout.rows(g, count, lead=1)
     call = SimpleNamespace(
-        **{**dict.fromkeys((*entry.names, "alpha")), **named},
+        **{**dict.fromkeys(entry.names), **named},
         function=contact.function,
         layout=layout,
         shape=contact.shapes[0],
@@ -148,24 +148,17 @@ def by_function(contact: Contact, place: Place, slot: int, g: Sequence[Tensor], 
             return found
 
         pulled = vjp(lambda p: outputs(p, *rows), operand)[1]
-        return _mapped(pull, some)
+        found: Tensor = over_inputs(pull, *some)
+        return found
 
     def gradients(rows: slice, some: Sequence[Tensor]) -> Tensor:
         k = len(some)
         batched = [*(x.transpose(0, 1) for x in some), *(x[rows] for x in data.values())]
-        return _mapped(lambda *row: of_one(row[:k], *row[k:]), batched).transpose(0, 1)
+        found: Tensor = over_inputs(lambda *row: of_one(row[:k], *row[k:]), *batched)
+        return found.transpose(0, 1)
 
     by_input = [own.rows(x, count, lead=1) for own, x in zip(place.outputs, g, strict=True)]
     return Local(gradients, by_input, operand.shape)
-
-
-def _mapped(function: Callable[..., Tensor], batched: Sequence[Tensor]) -> Tensor:
-    try:
-        with quiet_fallbacks():
-            found: Tensor = vmap(function)(*batched)
-    except RuntimeError:  # an operation without a batching rule
-        found = torch.stack([function(*row) for row in zip(*batched, strict=True)])
-    return found
 
 
 def _named(contact: Contact, entry: Entry, leaves: Sequence[Any]) -> dict[str, Any]:

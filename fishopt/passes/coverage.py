@@ -7,6 +7,7 @@ a gradient vanishes, as below a gate that starts at zero, the best way is taken 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,18 @@ import torch
 from torch import Tensor
 
 from fishopt.passes.arguments import Arguments
-from fishopt.passes.backward import Trace, Use, trace_forward
+from fishopt.passes.backward import Trace
 from fishopt.passes.base import Diagonal, Pass
-from fishopt.passes.contacts import Layout, Place, by_rule, entry_for
 from fishopt.passes.functional import FunctionalPass
+from fishopt.passes.layouts import trace_of
 from fishopt.passes.rowwise import PooledPass, RowwisePass
-from fishopt.passes.rules import Entry
 from fishopt.passes.shadow import Shadow
-from fishopt.passes.streams import streams_kept
+from fishopt.passes.streams import noise_like, streams_kept
 from fishopt.passes.traced import TracedPass
-from fishopt.passes.tracing import Contact, Widening, made_of
+from fishopt.passes.tracing import Widening
+
+LOG = logging.getLogger("fishopt.passes")
+"""Why a way was not taken, at the level of debugging."""
 
 RULE, CALL, NETWORK, ROWS, POOLED, NONE = "rule", "call", "network", "rows", "pooled", "none"
 
@@ -91,7 +94,7 @@ def _cover(shadow: Shadow, inputs: Arguments, names: list[str], ways: dict[str, 
     # One of them twice: a network that sorts its inputs, or turns them round, cannot but change this order.
     some = inputs.take(torch.tensor([0, 1, 0, 2], device="cpu") % inputs.count)
     expected = _Expected(shadow, some, names)
-    trace, activations = _trace(shadow, inputs) if shadow.turns < MAX_TURNS else (None, 0)
+    trace, activations = trace_of(shadow, inputs) if shadow.turns < MAX_TURNS else (None, 0)
     rest = names
     if trace is not None:
         followed = [name for name in rest if name in trace.uses]
@@ -155,7 +158,7 @@ class _Expected:
         shadow.require(shadow.names)
         with torch.enable_grad(), _steady():
             h = shadow.run(inputs, Widening())
-        self._column = _noise(h).reshape(len(h), -1)
+        self._column = noise_like(h).reshape(len(h), -1)
         self._squares: dict[str, list[Tensor]] = {name: [] for name in names}
         own = [shadow.parameters[name] for name in names]
         for n in range(len(h)):
@@ -185,7 +188,8 @@ class _Expected:
                 through = build(list(names))
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # noqa: BLE001 - whatever a network does to this way, there is another
+        except Exception:  # whatever a network does to this way, there is another
+            LOG.debug("%s cannot take the network through", build, exc_info=True)
             return []
         with through:
             return [name for name in names if self._is_right(through, name)]
@@ -196,20 +200,18 @@ class _Expected:
                 found: Diagonal = through.squared_vjp(self._column[None], names=[name], per_input=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # as above
+            LOG.debug("%s has no derivatives of %r", type(through).__name__, name, exc_info=True)
             return False
         expected = torch.stack(self._squares[name])
         if found[name].shape != expected.shape:
             return False
         allowed = TOLERANCE * torch.finfo(expected.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected)
         allowed += self._rounding * expected.numel() ** 0.5
-        return bool(torch.linalg.vector_norm(found[name] - expected) <= allowed)
-
-
-def _noise(like: Tensor) -> Tensor:
-    """The same numbers each time, whatever device tensors are made on by default."""
-    source = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(like.shape, generator=source, dtype=torch.float64, device="cpu").to(like)
+        is_right = bool(torch.linalg.vector_norm(found[name] - expected) <= allowed)
+        if not is_right:
+            LOG.debug("%s disagrees with autograd on %r", type(through).__name__, name)
+        return is_right
 
 
 @contextmanager
@@ -220,111 +222,3 @@ def _steady() -> Iterator[None]:
         torch.manual_seed(0)
         random.seed(0)
         yield
-
-
-# --- where parameters meet data ---
-
-
-def _trace(shadow: Shadow, inputs: Arguments) -> tuple[Trace | None, int]:
-    """From forwards with two and three inputs, whose shapes tell where in each tensor the inputs lie."""
-    names = shadow.names
-    spreading: frozenset[int] = frozenset()
-    while True:
-        seen = [trace_forward(shadow, inputs.first(count), names, spreading) for count in (2, 3)]
-        if len(seen[0].made) != len(seen[1].made):
-            return None, 0
-        differ = [i for i, (a, b) in enumerate(zip(*(t.made for t in seen), strict=True)) if a != b]
-        new = [i for i in differ if i not in spreading]
-        if not new:
-            break
-        # One at a time: what is computed from it is data from now on, and later numbers are others.
-        spreading |= {new[0]}
-    pairs = list(zip(*(t.contacts for t in seen), strict=False))
-    signatures = [contact.signature(shadow.name_of) for contact in seen[0].contacts]
-    if signatures != [contact.signature(shadow.name_of) for contact in seen[1].contacts]:
-        return None, 0
-    places = _ordered([_place(a, b) for a, b in pairs], seen[1].contacts, seen[1].output)
-    activations = sum(shape.numel() for a, _ in pairs for shape in a.shapes) // 2
-    return Trace(_uses(shadow, seen[1].contacts, places), places, signatures, spreading), activations
-
-
-def _uses(shadow: Shadow, contacts: list[Contact], places: list[Place | None]) -> dict[str, list[Use]]:
-    uses: dict[str, list[Use]] = {}
-    lost: set[str] = set()
-    for i, (contact, place) in enumerate(zip(contacts, places, strict=True)):
-        for slot, operand in contact.operands.items():
-            names = made_of(operand, shadow.name_of)
-            if place is None:
-                lost.update(names)
-                continue
-            entry = entry_for(contact, slot)
-            if entry is not None and not _applies(contact, place, slot, entry):
-                entry = None
-            is_made = id(operand) not in shadow.name_of
-            for name in names:
-                uses.setdefault(name, []).append(Use(i, slot, entry, is_made))
-    return {name: found for name, found in uses.items() if name not in lost}
-
-
-def _applies(contact: Contact, place: Place, slot: int, entry: Entry) -> bool:
-    """Whether a rule covers these arguments."""
-    zeros = contact.operands[slot].new_zeros((1, *contact.shapes[0]))
-    try:
-        return by_rule(contact, place, slot, entry, zeros, 3).shape == contact.operands[slot].shape
-    except Exception:  # noqa: BLE001 - whatever is the matter, torch.func does it
-        return False
-
-
-def _place(two: Contact, three: Contact) -> Place | None:
-    inputs = {}
-    for i, (a, b) in enumerate(zip(two.leaves, three.leaves, strict=True)):
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
-            layout = _layout(a.shape, b.shape)
-            if layout is None or i in two.operands:
-                return None
-            inputs[i] = layout
-    outputs = [_layout(a, b) for a, b in zip(two.shapes, three.shapes, strict=True)]
-    known = [layout for layout in outputs if layout is not None]
-    return Place(inputs, known) if len(known) == len(outputs) else None
-
-
-def _ordered(places: list[Place | None], contacts: list[Contact], h: Tensor) -> list[Place | None]:
-    """Where an input has several places in one dimension: whether they lie side by side, from what belongs to one."""
-    merged = [i for i, place in enumerate(places) if place is not None and any(own.merged for own in place.outputs)]
-    if not merged:
-        return places
-    edges = [edge for i in merged for edge in contacts[i].edges]
-    columns = _noise(h)
-    found = []
-    for row in (0, 2):  # the first and the last of three
-        cotangent = torch.zeros_like(h)
-        cotangent[row] = columns[row]
-        found.append(torch.autograd.grad(h, edges, cotangent, retain_graph=True, allow_unused=True))
-    pairs = zip(*found, strict=True)
-    for i in merged:
-        place = places[i]
-        assert place is not None
-        turned = []
-        for own in place.outputs:
-            first, last = next(pairs)
-            turned.append(own._replace(outer=_is_outer(first, last, own)))
-        outer = all(own.outer for own in turned if own.merged)
-        places[i] = Place({slot: own._replace(outer=outer) for slot, own in place.inputs.items()}, turned)
-    return places
-
-
-def _is_outer(first: Tensor | None, last: Tensor | None, layout: Layout) -> bool:
-    if first is None or last is None or not layout.merged:
-        return True
-    early, late = (g.movedim(layout.axis, 0).flatten(1).abs().sum(1).nonzero() for g in (first, last))
-    size = first.shape[layout.axis]
-    return bool((early < size // 3).all() and (late >= size - size // 3).all())
-
-
-def _layout(two: torch.Size, three: torch.Size) -> Layout | None:
-    if len(two) != len(three):
-        return None
-    axes = [axis for axis, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-    if len(axes) != 1 or two[axes[0]] * 3 != three[axes[0]] * 2:
-        return None
-    return Layout(axes[0], merged=two[axes[0]] != 2)

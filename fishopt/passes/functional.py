@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 from fishopt.passes.arguments import Arguments
-from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, quiet_fallbacks, second_derivatives, signs
+from fishopt.passes.base import Diagonal, Pass, Sketch, cost_with, second_derivatives, signs
+from fishopt.passes.batching import over_inputs
 from fishopt.passes.shadow import Shadow
 from fishopt.passes.tracing import Substituting, under
 
@@ -110,7 +111,7 @@ class FunctionalPass(Pass):
         parts = []
         for start in range(0, len(c), step):
             rows = slice(start, start + step)
-            found = _over_inputs(function, c[rows], *(x[rows] for x in also), *(x[rows] for x in self._inputs))
+            found = over_inputs(function, c[rows], *(x[rows] for x in also), *(x[rows] for x in self._inputs))
             parts.append({name: q.detach() if per_input else q.detach().sum(0) for name, q in found.items()})
         join = torch.cat if per_input else _total
         return {name: join([part[name] for part in parts]) for name in wanted}
@@ -132,7 +133,7 @@ class FunctionalPass(Pass):
         parts = []
         for chosen in torch.arange(size, device=parameter.device).split(rows):
             units = torch.nn.functional.one_hot(chosen, size).to(parameter.dtype).reshape(-1, *parameter.shape)
-            parts.append(_over_inputs(self._entries(name, units), cotangent, *self._inputs).detach())
+            parts.append(over_inputs(self._entries(name, units), cotangent, *self._inputs).detach())
         return torch.cat(parts, dim=1).reshape(-1, *parameter.shape)
 
     def hessians(self, cotangent: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class FunctionalPass(Pass):
             return found
 
         with second_derivatives():
-            whole: Tensor = _over_inputs(of_one_input, cotangent, *self._inputs)
+            whole: Tensor = over_inputs(of_one_input, cotangent, *self._inputs)
         return whole.detach()
 
     def _entries(self, name: str, units: Tensor) -> Callable[..., Tensor]:
@@ -181,15 +182,3 @@ def exact_cost(parameter: Tensor) -> int:
 
 def _total(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
-
-
-def _over_inputs(function: Callable[..., Any], *batched: Tensor) -> Any:
-    """``function`` for each row, by vmap, or in a loop where an operation has no batching rule."""
-    try:
-        with quiet_fallbacks():
-            return vmap(function)(*batched)
-    except RuntimeError:  # torch raises NotImplementedError, a subclass, or whatever shape error comes first
-        found = [function(*row) for row in zip(*batched, strict=True)]
-        if isinstance(found[0], Tensor):
-            return torch.stack(found)
-        return {name: torch.stack([one[name] for one in found]) for name in found[0]}

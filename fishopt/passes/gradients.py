@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fishopt.passes.base import gram_of, quiet_fallbacks
+from fishopt.passes.base import gram_of
+from fishopt.passes.batching import quiet_fallbacks
 from fishopt.passes.reductions import Reduction
 
 MAX_ELEMENTS = 2**21

@@ -1,6 +1,8 @@
 """How each kind of call turns what comes down to its output into the per-input gradients of a parameter in it.
 
-A new layer is one function here, with the `rule` decorator. It must be affine in each of its operands.
+A new layer is one function with the `rule` decorator, here or in your own code. It must be affine in each of its
+operands. One that raises, or disagrees with autograd, is passed over: the log tells, at the level of debugging. Where
+`structure.py` does not list the name of its node in autograd's graph, I2 takes it for curved, which is dearer.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ Rule = Callable[[Any, str, Tensor, int], PerInput]
 """``rule(call, operand, g, power)``.
 
 Args:
-    call: The call's arguments by name; tensors of data have their inputs in front, ``[N, ...]``.
+    call: The call's arguments by name, None where one was not given; tensors of data have their inputs in front,
+        ``[N, ...]``. Also ``function``, what was called; ``shape``, of its output; ``layout``, where inputs lie there.
     operand: Which of them is the parameter.
     g: Cotangents at the output, ``[K, N, ...]``.
     power: Take what the parameter multiplies to this power: 1 for gradients. With 2, and ``g`` the diagonal of the
         output's Hessian, the result is the diagonal of the parameter's.
+
+Returns:
+    `Formed` for gradients that are small; `RankOne` where each is one outer product, `Summed` of several; `Scattered`
+    for rows of a table.
 """
 
 
@@ -218,7 +225,7 @@ def embedding(call: Any, operand: str, g: Tensor, power: int) -> PerInput:
     return Scattered(index, g.reshape(*g.shape[:2], index.shape[1], -1), call.weight.shape, without)
 
 
-@rule([torch.add, Tensor.add, torch.sub, Tensor.sub], "input other", "input other", "input other", positions=True)
+@rule([torch.add, Tensor.add, torch.sub, Tensor.sub], "input other alpha", "input other", "input other", positions=True)
 def addition(call: Any, operand: str, g: Tensor, power: int) -> PerInput:
     """``z = a + alpha b``, broadcast."""
     factor = 1 if operand == "input" or call.alpha is None else call.alpha

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -22,3 +23,9 @@ def streams_kept(devices: Iterable[torch.device]) -> Iterator[None]:
             yield
         finally:
             random.setstate(own)
+
+
+def noise_like(x: Tensor) -> Tensor:
+    """Normal numbers, the same each time, whatever device tensors are made on by default."""
+    source = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(x.shape, generator=source, dtype=torch.float64, device="cpu").to(x)

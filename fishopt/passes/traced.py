@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fishopt.passes.backpack import Chain
-from fishopt.passes.backward import Backward, Cotangents
+from fishopt.passes.backward import AtContacts, Backward
 from fishopt.passes.base import (
     SKETCH_COST,
     Diagonal,
@@ -124,14 +124,14 @@ class TracedPass(Backward):
     def _diagonal(self) -> frozenset[str]:
         return self._plain & self._shadow.structure(self._inputs).diagonal
 
-    def _closed(self, columns: Tensor, names: Sequence[str]) -> Cotangents:
+    def _closed(self, columns: Tensor, names: Sequence[str]) -> AtContacts:
         # One contact at a time: two that feed the same smooth function have a diagonal each, and a block in common.
         return {
             i: [torch.stack([self._hessian_product(column, {i: self._like(i, torch.ones)})[i] for column in columns])]
             for i in self._of(names)
         }
 
-    def _probed(self, columns: Tensor, names: Sequence[str], sketch: Sketch | None) -> Cotangents:
+    def _probed(self, columns: Tensor, names: Sequence[str], sketch: Sketch | None) -> AtContacts:
         """Random signs and, after all of them, their products with the Hessian: ``[2 M, N, ...]``."""
         generator = None if sketch is None else sketch.generator
         contacts = self._of(names)
