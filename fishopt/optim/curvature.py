@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import compress
 from typing import Any
@@ -20,7 +20,7 @@ from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
 from fishopt.optim.estimate import TINY, Estimate, Moment, Part, Totals, Training
 from fishopt.optim.failures import Attempt, Failures
-from fishopt.optim.noise import Noise, squares
+from fishopt.optim.noise import Noise, residuals_of, squares
 from fishopt.optim.record import Record
 from fishopt.optim.subbatch import SubBatch
 from fishopt.optim.world import World, group_of
@@ -114,7 +114,7 @@ class Curvature:
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: self._residuals(training.at_outputs, record))
+            residuals = attempt(lambda: residuals_of(training.at_outputs, record, self._likelihood, self._wide))
             seen = residuals if self.estimates_noise else None
             noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)
@@ -142,31 +142,14 @@ class Curvature:
 
     # --- the parts of a refresh ---
 
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
+
     def _drawn(self, record: Record, generator: torch.Generator) -> SubBatch:
         if self._shadow is None or not self._shadow.is_current():
             self._shadow = Shadow(self._model, self._readout)
         return SubBatch.drawn(self._shadow, self._likelihood, record, self._refresh_inputs, generator)
-
-    def _residuals(self, gradients: Sequence[Tensor] | None, record: Record) -> Tensor | None:
-        """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
-
-        Raises:
-            NonFiniteError: If they are NaN or infinite.
-        """
-        if gradients is None:
-            return None
-        masks = [None] * len(gradients) if (mask := record.mask) is None else record.split(mask)
-        c = torch.cat([self._residuals_of(x, mask) for x, mask in zip(gradients, masks, strict=True)])
-        if not _all_finite([c]):
-            raise NonFiniteError("the gradient at the model's output is NaN or infinite")
-        return c
-
-    def _residuals_of(self, gradient: Tensor, counted: Tensor | None) -> Tensor:
-        """Those of one forward, whose loss is a mean of its own."""
-        wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
-        likelihood, c = self._likelihood.at(gradient.to(wide))
-        observations = len(c) * likelihood.positions if counted is None else max(1, int(counted.sum()))
-        return c * (observations / self._likelihood.gradient_scale(observations, c.shape[1] // likelihood.positions))
 
     def _select(
         self,

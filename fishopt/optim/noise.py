@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
+from fishopt.batch import NonFiniteError
 from fishopt.checks import checked_option
 from fishopt.likelihoods import Gaussian, Likelihood, as_likelihood
+from fishopt.optim.record import Record
 from fishopt.optim.subbatch import SubBatch
 
 SCALES = ("auto", "likelihood", "dispersion", "gradient")
@@ -51,6 +55,35 @@ class Noise(NamedTuple):
                 "than zero, was seen (scaler.unscale_ hides it); pass likelihood=fishopt.Gaussian(variance=<number>)"
             )
         return self.value / self.weight
+
+
+def residuals_of(
+    gradients: Sequence[Tensor] | None, record: Record, likelihood: Likelihood, wide: torch.dtype
+) -> Tensor | None:
+    """The cotangents eta - t(y) at the data's labels, ``[N, T]``: what backward sent to the output.
+
+    Args:
+        gradients: What it sent, of each forward; None if that is not known.
+        record: Which labels of these counted.
+        likelihood: The family behind the loss.
+        wide: The type that they are to have.
+
+    Raises:
+        NonFiniteError: If they are NaN or infinite.
+    """
+    if gradients is None:
+        return None
+    masks = [None] * len(gradients) if (mask := record.mask) is None else record.split(mask)
+    parts = []
+    for gradient, counted in zip(gradients, masks, strict=True):
+        own, c = likelihood.at(gradient.to(wide))
+        # Each forward's loss is a mean of its own.
+        observations = len(c) * own.positions if counted is None else max(1, int(counted.sum()))
+        parts.append(c * (observations / likelihood.gradient_scale(observations, c.shape[1] // own.positions)))
+    found = torch.cat(parts)
+    if not found.isfinite().all():
+        raise NonFiniteError("the gradient at the model's output is NaN or infinite")
+    return found
 
 
 def squares(some: SubBatch, residuals: Tensor | None) -> tuple[float, float]:

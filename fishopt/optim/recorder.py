@@ -59,15 +59,16 @@ class Recorder:
         self.keep = keep
         self.likelihood, self._readout, self._active = likelihood, readout, active
         self.parameters: list[Tensor] = []
-        self._records: list[Record] = []
-        self._dropped = self._parts = 0
-        self._idle: Backward | None = None
-        self._under_way: dict[int, Backward] = {}
-        self._left_gradients, self._is_by_hand = False, True
-        self._unseen: Tensor | None = None
-        self._before: Record | None = None
-        self._untrained: Record | None = None
-        self._is_checked = False
+        self._records: list[Record] = []  # trained on since the last step
+        self._dropped = self._parts = 0  # inputs and forwards of those that were let go
+        self._under_way: dict[int, Backward] = {}  # by the engine's number; they bring more yet, or never ended
+        self._idle: Backward | None = None  # the last that left the parameters alone; gradients may follow by hand
+        self._is_by_hand = True  # whether they may: not after a backward that trained
+        self._left_gradients = False  # whether the last that trained did; where they are gone, they were taken away
+        self._unseen: Tensor | None = None  # what reached a loss of no output that is known
+        self._before: Record | None = None  # what was trained on before the last step
+        self._untrained: Record | None = None  # the last forward, trained on or not
+        self._is_checked = False  # whether the likelihood has seen a gradient
 
     @property
     def _key(self) -> str:
