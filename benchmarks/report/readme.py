@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.report import fullbatch, summaries
+from benchmarks.report import costs, fullbatch, summaries
 from benchmarks.report.checks import best_of
 from benchmarks.report.study import Study
 from benchmarks.report.tables import Table
@@ -40,6 +40,7 @@ def tables(study: Study) -> dict[str, Table]:
         "rates": summaries.widths(study),
         "goals": fullbatch.table(study, "DiagonalNGD auto"),
         "targets": best_of(checks(study), ""),
+        **costs.tables(),
     }
 
 

@@ -105,7 +105,7 @@ def _cover(shadow: Shadow, inputs: Arguments, names: list[str], ways: dict[str, 
         good += expected.agrees(lambda own: TracedPass(shadow, some, own, trace), others)
         ways |= {name: CALL if any(use.entry is None for use in trace.uses[name]) else RULE for name in good}
         rest = [name for name in rest if name not in good]
-    for way in (NETWORK, ROWS):
+    for way in (way for way in _ENGINES if way != POOLED):
         good = expected.agrees(partial(_ENGINES[way], shadow, some), rest)
         ways |= dict.fromkeys(good, way)
         rest = [name for name in rest if name not in good]
