@@ -190,9 +190,9 @@ class Batch:
         if per_input:
             size = sum(self.shadow.parameters[name].numel() for name in names)
             step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
-        if columns and not self.structure.needs_all:
+        if columns:
             step = max(1, min(step, MAX_ELEMENTS // self.structure.outputs**2))
-        for rows, part in self._parts(step):
+        for rows, part in self._parts(len(self) if self._is_one else step):
             with open_pass(self.shadow, part, names) as through:
                 yield Chunk(through, *self.bound(through.outputs, rows), rows)
 
@@ -208,12 +208,17 @@ class Batch:
 
     def parts(self, most: int | None = None) -> Iterator[tuple[slice, Arguments]]:
         """The inputs, as many at a time as the memory for activations takes, and no more than ``most`` if these do."""
-        return self._parts(self._step if most is None or self.structure.needs_all else min(self._step, most))
+        return self._parts(self._step if most is None or self._is_one else min(self._step, most))
 
     @property
     def _step(self) -> int:
         """Inputs that may go through the network together."""
-        return len(self) if self.structure.needs_all else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
+        return len(self) if self._is_one else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether its inputs cannot be apart: the network runs on all of them alone, or couples them."""
+        return self.structure.needs_all or any(map(self.coverage.is_pooled, self.coverage.ways))
 
     def _parts(self, step: int) -> Iterator[tuple[slice, Arguments]]:
         for start in range(0, len(self), step):

@@ -70,7 +70,9 @@ def nonzero_eigenvalues(gram: Tensor) -> Tensor:
     Args:
         gram: ``[N, N]``.
     """
-    values = torch.linalg.eigvalsh(gram.double()).flip(0)[: _rank(gram)]
+    if not (rank := _rank(gram)):
+        return torch.zeros(0, dtype=torch.float64, device=gram.device)
+    values = torch.linalg.eigvalsh(gram.double()).flip(0)[:rank]
     # What is small enough is lost in these, though it would not be in those of the cosines.
     return values[values > len(gram) * torch.finfo(values.dtype).eps * values[:1]]
 

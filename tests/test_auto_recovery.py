@@ -112,3 +112,16 @@ def test_the_default_device_is_not_where_the_model_is(kind):
         with torch.device("meta"):
             optimizer.step()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-1])
+def test_a_penalty_outside_the_loss_is_warned_of_at_the_minimum_too(size):
+    """There all of the gradient is the penalty's."""
+    model, loss_fn, optimizer, x, y = _regression()
+
+    def penalized(h, y):
+        return loss_fn(h, y) + size * sum(p.square().sum() for p in model.parameters())
+
+    _fit(model, loss_fn, optimizer, x, y, 60)
+    with pytest.warns(RuntimeWarning, match="of the gradient is not of the loss"):
+        _fit(model, penalized, optimizer, x, y, 1)

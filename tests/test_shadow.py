@@ -1,9 +1,12 @@
 """What the copy that curvature is computed on shares with the user's network: nothing that either may change alone."""
 
+from collections import deque
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_leaves
 
 import fishopt
 from fishopt.likelihoods import Categorical
@@ -204,3 +207,110 @@ def test_a_shadow_has_parameters_of_its_own_where_the_forward_changes_them():
     shadow = Shadow(nn.Sequential(table, nn.Linear(4, 3)))
     assert shadow.parameters["0.weight"].data_ptr() != table.weight.data_ptr()
     assert shadow.parameters["1.weight"].data_ptr() == shadow._originals["1.weight"].data_ptr()
+
+
+class Telling(nn.Module):
+    """Writes what another module reads, into what both keep."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+        self.told = {"dict": {}, "list": [], "deque": deque(maxlen=1), "tensor": torch.zeros(4), "buffer": self.scale}[
+            how
+        ]
+
+    def forward(self, x):
+        h = self.linear(x).tanh()
+        if self.how == "dict":
+            self.told["h"] = h
+        elif self.how in ("list", "deque"):
+            self.told.clear()
+            self.told.append(h)
+        else:
+            with torch.no_grad():
+                (self.told if self.how == "tensor" else self.scale).fill_(3.0)
+        return h
+
+
+class Told(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.last = Telling(how), nn.Linear(4, 3)
+        self.told = self.first.told
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h * (self.told["h"] if self.first.how == "dict" else self.told[-1]))
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "deque", "tensor", "buffer"])
+def test_what_modules_share_they_share_in_the_copy(how):
+    torch.manual_seed(0)
+    model = Told(how).double()
+    x = X.double()
+    if how in ("tensor", "buffer"):  # which `double` has made others of
+        model.first.told = model.told = model.first.scale if how == "buffer" else torch.zeros(4).double()
+    LOSS(model(x), Y).backward()  # what they keep holds activations from here on
+    found = fishopt.fisher_diagonal(model, x, LOSS, estimator="exact")
+    grads = []
+    for row in x:
+        h = model(row[None])
+        own = [torch.autograd.grad(h[0, k], list(model.parameters()), retain_graph=True) for k in range(3)]
+        probability = h.softmax(-1)[0]
+        factor = torch.diag(probability) - probability[:, None] * probability
+        stacked = [torch.stack(parts) for parts in zip(*own, strict=True)]
+        grads.append([torch.einsum("k...,kl,l...->...", g, factor, g) for g in stacked])
+    means = [sum(parts) / len(x) for parts in zip(*grads, strict=True)]
+    assert_close(found, dict(zip(dict(model.named_parameters()), means, strict=True)))
+    optimizer = fishopt.FisherAdam(model, LOSS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        LOSS(model(x), Y).backward()
+        optimizer.step()
+    shadow = optimizer._curvature._shadow
+    shadow.sync()
+    assert shadow.module.told is shadow.module.first.told
+    if how == "buffer":
+        assert shadow.module.told is shadow.module.first.scale
+    with torch.no_grad():
+        torch.testing.assert_close(shadow.run(Arguments((x,))), model(x))
+
+
+def test_a_large_vocabulary_is_looked_through_once(monkeypatch):
+    model = nn.Linear(4, 3)
+    model.words = {str(i): i for i in range(1000)}
+    model.cache = torch.zeros(3)
+    shadow = Shadow(model)
+    shadow.sync()
+    cache, looked = shadow.module.cache, []
+    monkeypatch.setattr("fishopt.passes.plain.tree_leaves", lambda x: looked.append(x) or tree_leaves(x))
+    shadow.sync()
+    assert model.words not in looked
+    assert shadow.module.cache is cache  # nor is a tensor copied that nobody has changed
+    model.cache.fill_(2.0)
+    shadow.sync()
+    assert shadow.module.cache.eq(2.0).all()
+
+
+def test_inputs_that_are_coupled_stay_together(monkeypatch):
+    class Coupled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 20)
+
+        def forward(self, x):
+            h = self.a(x).tanh()
+            return self.b(h - h.mean(0))
+
+    torch.manual_seed(0)
+    model = Coupled()
+    whole = [fishopt.fisher_diagonal(model, X, LOSS, estimator=which, generator=_seeded()) for which in ("exact", "I1")]
+    monkeypatch.setattr("fishopt.batch.MAX_ELEMENTS", 3 * 20**2)
+    monkeypatch.setattr("fishopt.batch.MAX_ACTIVATIONS", 60)
+    for which, expected in zip(("exact", "I1"), whole, strict=True):
+        assert_close(fishopt.fisher_diagonal(model, X, LOSS, estimator=which, generator=_seeded()), expected)
+
+
+def _seeded():
+    return torch.Generator().manual_seed(3)

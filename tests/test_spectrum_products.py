@@ -1,5 +1,7 @@
 """Products of the Fisher matrix with vectors, against dense ones in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,8 @@ def test_what_is_lost_in_rounding_is_zero():
         assert 1 <= found.condition_number < 1e16
         gram = fisher_gram(model, x, "categorical", estimator="empirical", targets=y)
         assert condition_number(gram) == pytest.approx(found.condition_number**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.full((3, 3), math.nan), torch.zeros(0, 0)])
+def test_there_is_no_condition_of_nothing(gram):
+    assert math.isnan(condition_number(gram))

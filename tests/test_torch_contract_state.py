@@ -6,6 +6,7 @@ All of torch's checks are listed in test_torch_contract.py.
 import copy
 import io
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -232,6 +233,13 @@ def test_what_wrappers_keep_in_the_state_keeps_its_type():
         assert optimizer.state[p]["count"] == 2**24 + 1
 
 
+def _saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
 def test_numpy_numbers_are_numbers():
     """A scheduler's function may return them."""
     model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
@@ -244,6 +252,10 @@ def test_numpy_numbers_are_numbers():
         optimizer.step()
         schedule.step()
     optimizer.load_state_dict(optimizer.state_dict())
+    torch.load(_saved(optimizer.state_dict()), weights_only=True)
+    assert type(optimizer.param_groups[0]["damping"]) is float
+    with pytest.raises(ValueError, match=r"damping=Fraction\(1, 100\)"):
+        fishopt.FisherAdam(model, loss_fn, damping=Fraction(1, 100))
     with pytest.raises(ValueError, match="lr="):
         fishopt.FisherAdam(model, loss_fn, lr=np.float32("nan"))
     with pytest.raises(ValueError, match="lr="):

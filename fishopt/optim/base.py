@@ -83,7 +83,7 @@ class FisherOptimizer(Reporting, ABC):
         if refresh_inputs is not None:
             checks.whole("refresh_inputs", refresh_inputs)
         listed, self._layerwise = parameter_groups(params, list(self._name_of))
-        super().__init__(listed, {"estimator": "auto", "maximize": False, **defaults})
+        super().__init__(listed, {"estimator": "auto", "maximize": False, **checks.plain(defaults)})
         source = checks.generator(generator, next(p.device for group in self.param_groups for p in group["params"]))
         self._curvature = Curvature(
             model,
@@ -235,7 +235,7 @@ class FisherOptimizer(Reporting, ABC):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict with an entry 'params'")
         self._name_of = known_as(self._model, self._name_of)
-        group = {**param_group, "params": members(param_group, self._name_of)}
+        group = {**checks.plain(param_group), "params": members(param_group, self._name_of)}
         self._check_options({**self.defaults, **group})
         super().add_param_group(group)
         self._sorting = None

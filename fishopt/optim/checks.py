@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -34,12 +34,28 @@ def number(
         return
     shown = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     # Numpy's numbers are some as well. Torch takes no whole number of more than 64 bits.
-    real = isinstance(shown, Real) and not isinstance(shown, bool)
+    real = _is_real(shown)
     is_long = isinstance(shown, Integral) and abs(int(shown)) >= 2**63
     if not real or is_long or not (low < shown if above else low <= shown) or not shown < high:
         relation = ">" if above else ">="
         limit = "" if high == math.inf else f" and < {high:g}"
         raise ValueError(f"{name}={value!r}: pass a finite number {relation} {low:g}{limit}")
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with Python's numbers in place of numpy's, which a checkpoint could not be read with."""
+    return {name: _plain(value) for name, value in group.items()}
+
+
+def _plain(value: Any) -> Any:
+    if not _is_real(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _is_real(value: Any) -> bool:
+    is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # which tensors do not take
+    return isinstance(value, Real) and not is_fraction and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any, *, low: int = 1) -> None:

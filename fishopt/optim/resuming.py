@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishopt.optim import checkpoint
 from fishopt.optim.atomic import Transaction
 from fishopt.optim.buckets import Sorting
+from fishopt.optim.checks import plain
 from fishopt.optim.copies import Copyable
 from fishopt.optim.curvature import Curvature
 from fishopt.optim.estimate import Moment
@@ -51,6 +52,7 @@ class Resumable(Copyable):
         """As torch.optim's, with the curvature's own state: a resumed run continues bit for bit."""
         self._follow_model()
         state = super().state_dict()
+        state["param_groups"] = [plain(group) for group in state["param_groups"]]
         state["fishopt"] = {
             "version": checkpoint.VERSION,
             **checkpoint.identity(self, self._name_of),

@@ -126,8 +126,9 @@ class ScheduleFree(FisherOptimizer):
                     f"param_groups[{i}]['schedule_free']={group['schedule_free']!r} was changed after its first step; "
                     "build another optimizer for that, with the model as it is"
                 )
+            if trained is None:
+                self._watch()
         self._loaded = set()
-        self._watch()
         return super()._prepared(estimate, members, closure, loss, transaction)
 
     def _make_room(self) -> None:

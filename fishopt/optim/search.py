@@ -129,13 +129,12 @@ def search(point: Point, objective: Objective, memory: Memory, undo: Transaction
     unit = model.metric.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     average, memory = memory.after(model.scaled(unit))
     chosen = model.scaled(unit) if math.isclose(value, memory.loss, rel_tol=SAME) else average
-    damping, slack = memory.damping, ROUNDING * torch.finfo(point.gradient.dtype).eps * abs(value)
+    damping, slack = memory.damping, _slack(point, value)
     for _ in range(TRIALS):
         c = chosen.minimum(damping) * unit * point.rate
         step = (c.to(directions)[:, None] * directions).sum(0)  # not a product, which autocast would round
         _put(point.params, map(torch.add, origin, split(step, point.params)))
         predicted = model.change(c)
-        gap = gap if abs(predicted) > slack else 0.0  # what is left of the gradient is rounding
         risen = objective.value() + _penalty(point, theta + step) - value
         if math.isfinite(risen) and risen <= model.allows(c) + slack:
             memory = memory._replace(damping=_adapted(damping, risen, predicted, slack), loss=value + risen)
@@ -158,10 +157,16 @@ def _model(point: Point, objective: Objective, directions: Tensor, theta: Tensor
     # The loss's own, where they are known: what they predict is what it is held to.
     slopes = trained if own is None else own
     gap = float((slopes[0] - trained[0]).abs() / trained[0].abs().clamp_min(torch.finfo(trained.dtype).tiny))
+    if trained[0].square() <= 2 * curvature[0, 0] * _slack(point, value):
+        gap = 0.0  # all that is left of the gradient may be rounding
     decayed = directions * point.decay
     metric = inner(directions / point.inverse, directions)
     model = Quadratic(slopes + inner(decayed, theta[None])[:, 0], curvature + inner(decayed, directions), metric)
     return value + _penalty(point, theta), model, gap
+
+
+def _slack(point: Point, value: float) -> float:
+    return ROUNDING * torch.finfo(point.gradient.dtype).eps * abs(value)
 
 
 def _penalty(point: Point, theta: Tensor) -> float:

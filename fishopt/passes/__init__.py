@@ -14,9 +14,10 @@ from fishopt.passes.base import (
     trace,
 )
 from fishopt.passes.coverage import WAYS, Coverage, coverage_of
+from fishopt.passes.plain import widened
 from fishopt.passes.products import Direction, pulled, pushed
 from fishopt.passes.routed import open_pass
-from fishopt.passes.shadow import Shadow, unwrapped, widened
+from fishopt.passes.shadow import Shadow, unwrapped
 from fishopt.passes.streams import streams_kept
 from fishopt.passes.structure import Structure
 

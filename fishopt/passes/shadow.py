@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fishopt.passes.arguments import Arguments
+from fishopt.passes.plain import PlainTensors, plain_attributes, widened
 from fishopt.passes.structure import Structure, analyse
 from fishopt.passes.tracing import Substituting, Widening, under
 
@@ -60,6 +61,7 @@ class Shadow:
         self.module = _shadow_of(self._model)
         self._looks = [(module, _look(module)) for module in self._model.modules()]
         self._copies = _copies(self._model, self.module)
+        self._plain = PlainTensors(self._model, self.module)
         self._required: tuple[str, ...] = ()
 
     @cached_property
@@ -97,9 +99,7 @@ class Shadow:
         """
         for one in self._copies:
             one.update()
-        mine = {id(p): self.parameters[name] for name, p in self._originals.items()}
-        for owner, copied in zip(self._model.modules(), self.module.modules(), strict=True):
-            vars(copied).update(_renewed(owner, mine))
+        self._plain.update()
         self._syncs += 1
         if self.in_doubt and self._syncs.bit_count() == 1:
             self.forget()
@@ -197,40 +197,7 @@ def _shadow_of(model: nn.Module) -> nn.Module:
 
 def _kept(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that a module keeps as plain attributes, or in lists and dicts there: activations, mostly."""
-    return (x for x in tree_leaves(list(_plain(module).values())) if isinstance(x, Tensor))
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes that are tensors, or lists, tuples and dicts."""
-    own = {"_parameters", "_buffers", "_modules"}
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor | list | tuple | dict) and name not in own and "_hooks" not in name
-    }
-
-
-def _renewed(module: nn.Module, mine: dict[int, Tensor]) -> dict[str, Any]:
-    """Plain attributes that hold tensors and else numbers and words, as copies; parameters among them as ``mine``.
-
-    Others may hold modules, whose copies are in the shadow already.
-    """
-
-    def copied(x: Any) -> Any:
-        return mine.get(id(x), widened(x.detach()).clone()) if isinstance(x, Tensor) else x
-
-    found = {name: value for name, value in _plain(module).items() if isinstance(value, Tensor) or value}
-    leaves = {name: tree_leaves(value) for name, value in found.items()}
-    return {
-        name: tree_map(copied, found[name])
-        for name, own in leaves.items()
-        if any(isinstance(x, Tensor) for x in own) and all(isinstance(x, (Tensor, *_PLAIN)) for x in own)
-    }
-
-
-def widened(x: Tensor) -> Tensor:
-    """In half precision there are not the digits for a sum of squares."""
-    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+    return (x for x in tree_leaves(plain_attributes(module)) if isinstance(x, Tensor))
 
 
 def _computes_weights(hook: object) -> bool:
