@@ -75,7 +75,7 @@ class _At:
     def __call__(self, frame, event, arg):
         if "/fishopt/" not in frame.f_code.co_filename:
             return None
-        frame.f_trace_opcodes = frame.f_code.co_filename.endswith(("atomic.py", "base.py"))
+        frame.f_trace_opcodes = frame.f_code.co_filename.endswith(("atomic.py", "base.py", "batching.py"))
         if event in {"line", "opcode"}:
             self.count += 1
             if self.count == self.at:

@@ -7,6 +7,7 @@ from torch import nn
 import fishopt
 from fishopt.optim.amp import plain_gradients
 from fishopt.optim.estimate import Training
+from fishopt.optim.noise import residuals_of
 from fishopt.optim.record import Record
 from fishopt.optim.subbatch import enough
 from fishopt.passes import Arguments
@@ -27,7 +28,8 @@ def test_optimizers_count_observations(kind):
         loss = loss_fn(model(x).flatten(0, 1), y.flatten())
         loss.backward()
         record = optimizer._recorder.last
-        c = optimizer._curvature._residuals(plain_gradients(optimizer, record, "batchmean"), record)
+        gradients = plain_gradients(optimizer, record, "batchmean")
+        c = residuals_of(gradients, record, fishopt.Categorical(), torch.float64)
         expected = model(x).softmax(-1) - nn.functional.one_hot(y, 4)
         torch.testing.assert_close(c, expected.detach().flatten(1))
         optimizer.step()

@@ -203,7 +203,7 @@ def test_an_interrupted_switch_is_whole():
     optimizer.train()
     seen = set()
     for switch in ("eval", "train"):
-        for line in range(1, 200, 2):
+        for line in range(1, 300, 2):
             before = optimizer.state_dict()["fishopt"]["holds"]
             with contextlib.suppress(KeyboardInterrupt):
                 _interrupted_at(line, getattr(optimizer, switch))

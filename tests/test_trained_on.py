@@ -1,5 +1,7 @@
 """Which backward passes count as training, and which loss a forward's factor is that of."""
 
+import gc
+
 import pytest
 import torch
 from loops_setup import FAST, LOSSES, Run, assert_same, both
@@ -240,3 +242,21 @@ def test_predictions_that_are_all_certain(kind):
         run.loss_fn(run.model(run.x), torch.zeros(len(run.x)).long()).backward()
         run.optimizer.step()
     assert run.optimizer._moment.batch_size == len(run.x)
+
+
+@pytest.mark.parametrize("where", ["model", "loss"])
+def test_an_optimizer_collected_within_a_call_is_gone(where):
+    """Torch calls a hook without the keyword arguments that it asked for if these are not due to it any more."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    module = model if where == "model" else loss_fn
+    left = []
+
+    def collect(*_):
+        left.clear()
+        gc.collect()
+
+    module.register_forward_hook(collect)
+    left.append(fishopt.FisherAdam(model, loss_fn))
+    assert torch.isfinite(loss_fn(model(torch.ones(5, 4)), torch.zeros(5).long()))
+    assert not left

@@ -107,10 +107,11 @@ class Recorder:
         return last is not None and last.factor is not None and abs(float(last.factor) * last.parts - 1) < 1e-3
 
     @_disable_dynamo
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         """Records, if this is a training forward."""
-        if not self._active or not torch.is_grad_enabled():
+        if not self._active or not torch.is_grad_enabled() or is_off(rest):
             return
+        kwargs, output = rest
         trained = [x for x in tree_leaves(self._natural(output)) if isinstance(x, Tensor) and x.requires_grad]
         if not trained or is_of_one_input(trained[0]):
             return
@@ -226,13 +227,22 @@ class LossHook:
         self._recorder = recorder
 
     @_disable_dynamo
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         """Watches a loss that can be differentiated."""
-        if self._recorder is not None:
+        if self._recorder is not None and not is_off(rest):
+            kwargs, output = rest
             self._recorder.watch_loss(module, args, kwargs, output)
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()
+
+
+def is_off(rest: tuple[Any, ...]) -> bool:
+    """Whether a hook was taken off within the call: torch then leaves out the keyword arguments that were asked for.
+
+    Garbage is collected at any time, and with it an optimizer that nobody has any more.
+    """
+    return len(rest) < 2
 
 
 def _taken(arrival: Arrival) -> Record:
