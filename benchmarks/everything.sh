@@ -28,12 +28,9 @@ compare() { # trials besides the defaults, seeds, then methods and problems
 compare 8 5 "${all[@]}" "${small[@]}"
 compare 8 5 "${main[@]}" "${mlps[@]}"
 compare 8 5 "${diagonal[@]}" "${mlps[@]}"
-compare 4 3 "${core[@]}" -m FisherAdam -m SGD -m Muon -p mnist_cnn
-compare 4 5 -m NAdam "${diagonal[@]}" -p mnist_cnn
-compare 5 3 "${core[@]}" -m Muon -p char_transformer
-compare 5 3 -m NAdam -m SGD "${diagonal[@]}" -p char_transformer
-compare 4 3 "${core[@]}" "${images[@]}"
-compare 4 3 -m NAdam -m SGD "${diagonal[@]}" "${images[@]}"
+compare 8 5 "${core[@]}" -m FisherAdam "${torch[@]:2}" "${diagonal[@]}" -p mnist_cnn
+compare 5 5 "${core[@]}" "${torch[@]:2}" "${diagonal[@]}" -p char_transformer
+compare 4 5 "${core[@]}" -m NAdam -m SGD "${diagonal[@]}" "${images[@]}"
 
 bench run --track defaults --seeds 5 "${all[@]}" "${small[@]}"
 bench run --track defaults --seeds 5 "${main[@]}" "${mlps[@]}"
@@ -45,8 +42,9 @@ bench run --track defaults --seeds 3 "${core[@]}" -m FisherAdam "${images[@]}"
 bench run --track defaults --seeds 3 "${all[@]}" -m L-BFGS "${goals[@]}"
 
 bench run --track sensitivity --seeds 5 "${core[@]}" -m FisherAdam "${small[@]}"
-bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid -p mnist_autoencoder
-bench run --track sensitivity --seeds 1 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
+bench run --track sensitivity --seeds 1 "${core[@]}" -m FisherAdam -p mnist_relu -p mnist_sigmoid
+bench run --track sensitivity --seeds 3 "${core[@]}" -m FisherAdam -p mnist_autoencoder
+bench run --track sensitivity --seeds 3 "${core[@]}" -p mnist_relu_large -p mnist_sigmoid_large
 bench run --track sensitivity --seeds 1 -m AdamW -m "FisherAdam schedule-free" -p mnist_cnn "${images[@]}" -p char_transformer
 bench run --track goals --seeds 3
 
