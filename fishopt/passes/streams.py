@@ -1,4 +1,4 @@
-"""The user's random streams: a network may draw from them in eval mode too, as a variational autoencoder does."""
+"""Random numbers: the user's streams, which networks may draw from in eval mode too, and some that never change."""
 
 from __future__ import annotations
 
