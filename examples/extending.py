@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import fishopt
 from fishopt.estimators import Cotangents, Draw, estimator
+from fishopt.likelihoods import normal
 from fishopt.optim import checks
 from fishopt.optim.averages import Average
 from fishopt.optim.base import FisherOptimizer
@@ -26,7 +27,7 @@ from fishopt.passes.rules import rule
 @estimator("gauss")
 def gaussian_vectors(likelihood: fishopt.Likelihood, h: Tensor, draw: Draw) -> Cotangents:
     """``S z`` with normal z: without bias, since E[z z^T] is the identity, but with more variance than random signs."""
-    z = torch.randn((draw.samples, *h.shape), generator=draw.generator, dtype=h.dtype, device=h.device)
+    z = normal((draw.samples, *h.shape), h, draw.generator)
     return Cotangents(likelihood.apply_factor(h, z) / draw.samples**0.5)
 
 

@@ -186,13 +186,13 @@ class Batch:
         if not names:
             self.look()
             return
-        step = self._step
+        limits = []
         if per_input:
             size = sum(self.shadow.parameters[name].numel() for name in names)
-            step = max(1, min(step, MAX_ELEMENTS // max(size, 1)))
+            limits.append(MAX_ELEMENTS // max(size, 1))
         if columns:
-            step = max(1, min(step, MAX_ELEMENTS // self.structure.outputs**2))
-        for rows, part in self._parts(len(self) if self._is_one else step):
+            limits.append(MAX_ELEMENTS // self.structure.outputs**2)
+        for rows, part in self.parts(*limits):
             with open_pass(self.shadow, part, names) as through:
                 yield Chunk(through, *self.bound(through.outputs, rows), rows)
 
@@ -206,21 +206,15 @@ class Batch:
         with torch.no_grad():
             self.bound(self.shadow.run(self.inputs), slice(0, len(self)))
 
-    def parts(self, most: int | None = None) -> Iterator[tuple[slice, Arguments]]:
-        """The inputs, as many at a time as the memory for activations takes, and no more than ``most`` if these do."""
-        return self._parts(self._step if most is None or self._is_one else min(self._step, most))
+    def parts(self, *limits: int) -> Iterator[tuple[slice, Arguments]]:
+        """The inputs, as many at a time as the memory for activations takes, and no more than any of ``limits``.
 
-    @property
-    def _step(self) -> int:
-        """Inputs that may go through the network together."""
-        return len(self) if self._is_one else max(1, MAX_ACTIVATIONS // max(self.coverage.activations, 1))
-
-    @property
-    def _is_one(self) -> bool:
-        """Whether its inputs cannot be apart: the network runs on all of them alone, or couples them."""
-        return self.structure.needs_all or any(map(self.coverage.is_pooled, self.coverage.ways))
-
-    def _parts(self, step: int) -> Iterator[tuple[slice, Arguments]]:
+        All of them where they cannot be apart, as the network runs on all of them alone, or couples them.
+        """
+        if self.structure.needs_all or any(map(self.coverage.is_pooled, self.coverage.ways)):
+            step = len(self)
+        else:
+            step = max(1, min(MAX_ACTIVATIONS // max(self.coverage.activations, 1), *limits, len(self)))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
             yield rows, self.inputs if step >= len(self) else self.inputs.take(rows)

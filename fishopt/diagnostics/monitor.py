@@ -18,6 +18,7 @@ from fishopt.diagnostics.watch import Watch
 from fishopt.likelihoods import Likelihood, as_likelihood
 from fishopt.likelihoods.base import COLUMN_LIMIT
 from fishopt.optim.amp import plain_gradients, unscaled
+from fishopt.optim.averages import precision
 from fishopt.optim.checks import whole
 from fishopt.optim.record import Record, leaving_out
 from fishopt.optim.recorder import LossHook
@@ -240,8 +241,7 @@ class TrainingMonitor:
             raise ValueError("the loss was multiplied by a number that was not seen; pass the loss module as loss_fn")
         gradient = torch.cat(gradients)
         is_sum = record.parts == 1 or self._likelihood.reduction == "sum" or record.is_added_up
-        wide = torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
-        _, c = self._likelihood.at(gradient.to(wide))
+        _, c = self._likelihood.at(gradient.to(precision(next(self._model.parameters()))))
         counted = None
         if self._likelihood.leaves_out(gradient):
             self._likelihood.check_gradient(gradient)

@@ -238,6 +238,12 @@ def check_columns(h: Tensor) -> None:
         )
 
 
+def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal numbers from ``generator``, wherever it lives, with ``like``'s type and device."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
 def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers in [0, 1) from ``generator``, wherever it lives, with ``like``'s type and device."""
     device = like.device if generator is None else generator.device

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fishopt.likelihoods.base import Interval, Likelihood, Quartic, uniform, unit_columns
+from fishopt.likelihoods.base import Interval, Likelihood, Quartic, normal, uniform, unit_columns
 from fishopt.likelihoods.independent import Independent
 from fishopt.likelihoods.positions import Positions
 
@@ -294,9 +294,7 @@ class Gaussian(Independent):
         return torch.zeros_like(h)
 
     def sample(self, h: Tensor, samples: int, generator: torch.Generator | None = None) -> Tensor:
-        device = h.device if generator is None else generator.device
-        z = torch.randn((samples, *h.shape), generator=generator, dtype=h.dtype, device=device)
-        return h + math.sqrt(self.noise(h)) * z.to(h.device)
+        return h + math.sqrt(self.noise(h)) * normal((samples, *h.shape), h, generator)
 
 
 class Poisson(Independent):

@@ -18,6 +18,7 @@ from fishopt.checks import check_whole
 from fishopt.estimators import Draw, by_structure, estimate
 from fishopt.groups import Groups
 from fishopt.likelihoods import Likelihood
+from fishopt.optim.averages import precision
 from fishopt.optim.estimate import TINY, Estimate, Moment, Part, Totals, Training
 from fishopt.optim.failures import Attempt, Failures
 from fishopt.optim.noise import Noise, residuals_of, squares
@@ -110,11 +111,11 @@ class Curvature:
         check_whole(self._model)  # it may have been sharded since
         group = record.group if record.group is not None else group_of(self._model)
         world, attempt = World(group, next(self._model.parameters()).device), Attempt()
-        generator = world.generator(self._generator)
+        generator, wide = world.generator(self._generator), precision(next(self._model.parameters()))
         try:
             # The processes meet at the generator, choice, sums and mean, whatever has failed on one of them.
             some = attempt(lambda: self._drawn(record, generator))
-            residuals = attempt(lambda: residuals_of(training.at_outputs, record, self._likelihood, self._wide))
+            residuals = attempt(lambda: residuals_of(training.at_outputs, record, self._likelihood, wide))
             seen = residuals if self.estimates_noise else None
             noise = attempt.with_less(lambda own: squares(own, seen), some) or (0.0, 0.0)
             self._select(units, wanted, step, world, attempt, some)
@@ -141,10 +142,6 @@ class Curvature:
         return self._likelihood.reduction
 
     # --- the parts of a refresh ---
-
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(next(self._model.parameters()).dtype, torch.float32)
 
     def _drawn(self, record: Record, generator: torch.Generator) -> SubBatch:
         if self._shadow is None or not self._shadow.is_current():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from fishopt.groups import Groups
 from fishopt.optim.resuming import Resumable
@@ -22,10 +24,14 @@ class Reporting(Resumable):
     def report(self) -> Report:
         """Which estimator each group uses and why, and what the curvature has cost: print it, or see `Report`."""
         groups, wanted = self._units()
+        parameters = dict(self._model.named_parameters())
         return Report(
             optimizer=type(self).__name__,
             criterion=self._curvature.criterion,
-            rows=[self._row(unit, names, wanted[unit]) for unit, names in groups.items()],
+            rows=[
+                self._row(unit, {name: parameters[name] for name in names}, wanted[unit])
+                for unit, names in groups.items()
+            ],
             steps=self._steps,
             failures=self._curvature.failures.total,
             skipped=self._skipped.total,
@@ -34,13 +40,12 @@ class Reporting(Resumable):
             history=list(self._curvature.history),
         )
 
-    def _row(self, unit: str, names: Sequence[str], wanted: str) -> Row:
-        held = [p for p, name in self._name_of.items() if name in names]
+    def _row(self, unit: str, held: Mapping[str, Tensor], wanted: str) -> Row:
         return Row.of(
             unit,
             wanted,
             self._curvature.choices.get(unit),
-            parameters=sum(p.numel() for p in held),
-            refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in held),
-            ways={name: way for name in names if (way := self._curvature.way_of(name)) is not None},
+            parameters=sum(p.numel() for p in held.values()),
+            refreshes=max(self.state[p].get("refreshes", 0) if p in self.state else 0 for p in held.values()),
+            ways={name: way for name in held if (way := self._curvature.way_of(name)) is not None},
         )

@@ -16,11 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fishopt.passes.arguments import Arguments
-from fishopt.passes.base import (
-    Diagonal,
-    Pass,
-    add,
-)
+from fishopt.passes.base import Diagonal, Pass, add
 from fishopt.passes.batching import quiet_fallbacks
 from fishopt.passes.contacts import Place, by_function, by_rule
 from fishopt.passes.gradients import Joined, PerInput, Pulled
